@@ -1,0 +1,132 @@
+"""The projection heads and their registry.
+
+`create_head` builds one by name, `list_heads` and `describe_head` say what there is, `register_head`
+adds to it; other packages add theirs through the entry-point group `headplug.heads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from headplug.errors import OptionError
+from headplug.heads.ae_embedding import AEEmbeddingHead
+from headplug.heads.base import ProjectionHead
+from headplug.heads.identity import IdentityHead
+from headplug.heads.mlp import PRESETS, MLPHead
+from headplug.heads.reweighting import ReweightingHead
+from headplug.registry import Entry, Registry
+
+HEADS = Registry("head", group="headplug.heads", listing="`headplug heads` lists them all.")
+register_head = HEADS.register
+
+register_head("mlp", MLPHead, summary="the builder of every MLP head here, with plain defaults")
+register_head(
+    "ae_embedding",
+    AEEmbeddingHead,
+    summary="frozen embedding layer of a pretrained autoencoder, activation, linear layer",
+    paper="arXiv 2408.14514",
+)
+register_head(
+    "reweighting",
+    ReweightingHead,
+    summary="fixed weights that fall by kappa per feature; nothing is trained",
+    paper="arXiv 2403.11391",
+)
+register_head("identity", IdentityHead, summary="no head: the loss sees the representation itself")
+for _name, _about in PRESETS.items():
+    register_head(_name, MLPHead, **_about)
+
+
+def list_heads(pattern: str = "*") -> list[str]:
+    """Names of registered heads that match a glob, in natural order.
+
+    >>> list_heads("*moco*")
+    ['moco_v2', 'moco_v3']
+    """
+    return HEADS.names(pattern)
+
+
+def describe_head(name: str) -> Entry:
+    """The registry entry of a head: its summary, paper, source and default options.
+
+    Raises:
+        UnknownNameError: No head has that name; the message shows the closest ones.
+
+    >>> describe_head("byol").defaults["hidden_dim"]
+    4096
+    """
+    return HEADS.get(name)
+
+
+def create_head(name: str | Mapping[str, Any], /, **options: Any) -> nn.Module:
+    """Builds a head from its name and options, or from one mapping that holds both.
+
+    Args:
+        name: A registered name, or a mapping with the key "name" (a dict, JSON, OmegaConf).
+        options: What the head takes, `input_dim` always among it; they win over the mapping's.
+
+    Returns:
+        The head, with `input_dim`, `output_dim` and `config`, a mapping that `create_head` accepts
+        and that survives JSON.
+
+    Raises:
+        UnknownNameError: No head has that name.
+        OptionError: An option is unknown, missing or of the wrong type; the message names it.
+
+    >>> head = create_head("simclr", input_dim=512, output_dim=64)
+    >>> create_head(head.config).output_dim
+    64
+    """
+    if isinstance(name, Mapping):
+        given = {str(k): _plain(v) for k, v in name.items()}
+        if "name" not in given:
+            raise OptionError(f"a head's mapping needs the key 'name'; it has {sorted(given)}.")
+        options = {**given, **options}
+        name = options.pop("name")
+    if not isinstance(name, str):
+        raise OptionError(f"a head is named by a string or a mapping, not by {name!r}.")
+    entry = HEADS.get(name)
+    bound = entry.bind(options)
+    head = entry.builder(**bound)
+    if isinstance(head, ProjectionHead):
+        head.name = name
+    elif isinstance(head, nn.Module):
+        _complete(head, name, bound)
+    else:
+        raise OptionError(f"the builder of {name!r} returned {type(head).__name__}, not a module.")
+    return head
+
+
+def _complete(head: nn.Module, name: str, bound: Mapping[str, Any]) -> None:
+    """Gives a third party's plain module what every head here has, unless it has it already."""
+    for attribute, value in {"config": {"name": name, **bound}, **bound}.items():
+        if attribute in ("config", "input_dim", "output_dim") and not hasattr(head, attribute):
+            setattr(head, attribute, value)
+    if not hasattr(head, "output_dim"):
+        raise OptionError(f"the head {name!r} takes no output_dim and must set `self.output_dim`.")
+
+
+def _plain(value: Any) -> Any:
+    """Containers of any library as lists and dicts."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(v) for v in value]
+    return value
+
+
+__all__ = [
+    "HEADS",
+    "AEEmbeddingHead",
+    "IdentityHead",
+    "MLPHead",
+    "ProjectionHead",
+    "ReweightingHead",
+    "create_head",
+    "describe_head",
+    "list_heads",
+    "register_head",
+]

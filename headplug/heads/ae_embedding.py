@@ -1,0 +1,169 @@
+"""The autoencoder-embedding head: a frozen, pretrained first layer in a two-layer projector."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headplug.checkpoints import read_embedding
+from headplug.errors import DimensionError, HeadplugError
+from headplug.heads.base import ProjectionHead, activation, positive
+
+Weights = str | Path | Mapping[str, Any] | nn.Module | tuple[Tensor, Tensor]
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weights are buffers: no optimiser, EMA or `requires_grad_` moves them.
+
+    Its state dict has the keys of `nn.Linear`.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        layer = nn.Linear(in_features, out_features)
+        self.register_buffer("weight", layer.weight.detach())
+        self.register_buffer("bias", layer.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(..., in_features)` to `(..., out_features)`."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """The shape, for `print`."""
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, frozen"
+
+
+class AEEmbeddingHead(ProjectionHead):
+    """Linear(input > embedding) from a pretrained autoencoder, activation, Linear(embedding > output).
+
+    From arXiv 2408.14514. The embedding layer is that of a shallow autoencoder trained on the same
+    images (`headplug.pretrain_autoencoder`, `headplug pretrain-ae`); frozen, it is a buffer, so that
+    neither weight decay nor EMA nor `requires_grad_` changes a bit of it. Without pretrained weights
+    the head refuses to train; loading a state dict that has them counts as giving them.
+
+    Args:
+        input_dim: Width of the representation; it must be the autoencoder's hidden width.
+        embedding_dim: Width of the embedding; left out, that of `weights`, or 256 without any.
+        output_dim: Width of the projection.
+        activation: relu, silu, gelu, sigmoid, tanh or identity.
+        freeze: Whether the embedding layer stays as it is.
+        weights: Where the embedding layer comes from: see `headplug.checkpoints.read_embedding`.
+
+    Raises:
+        DimensionError: The weights have other widths than asked for.
+        CheckpointError: The weights cannot be read.
+
+    >>> layer = nn.Linear(512, 256)  # stands for a trained embedding layer
+    >>> head = AEEmbeddingHead(512, output_dim=64, weights=layer)
+    >>> head(torch.rand(8, 512)).shape, [name for name, _ in head.named_parameters()]
+    (torch.Size([8, 64]), ['layers.output.weight', 'layers.output.bias'])
+    """
+
+    name = "ae_embedding"
+
+    def __init__(
+        self,
+        input_dim: int,
+        embedding_dim: int | None = None,
+        output_dim: int = 128,
+        activation: str = "tanh",
+        freeze: bool = True,
+        weights: Weights | None = None,
+    ) -> None:
+        super().__init__(input_dim, output_dim)
+        pretrained = None if weights is None else read_embedding(weights)
+        if embedding_dim is None:
+            embedding_dim = 256 if pretrained is None else pretrained[0].shape[0]
+        self.embedding_dim = positive("embedding_dim", embedding_dim)
+        self.activation = activation
+        self.freeze = freeze
+        layer: nn.Module = (FrozenLinear if freeze else nn.Linear)(input_dim, embedding_dim)
+        self.layers = nn.Sequential(
+            OrderedDict(
+                embedding=layer,
+                activation=_activation(activation),
+                output=nn.Linear(embedding_dim, output_dim),
+            )
+        )
+        self.register_buffer("pretrained", torch.zeros(()))  # in the state dict, so that it is known
+        self._is_pretrained = False
+        if pretrained is not None:
+            self._fill(*pretrained)
+
+    @classmethod
+    def from_autoencoder(
+        cls,
+        source: Weights,
+        output_dim: int = 128,
+        activation: str = "tanh",
+        freeze: bool = True,
+    ) -> AEEmbeddingHead:
+        """A head whose widths and embedding layer are those of a trained autoencoder.
+
+        Args:
+            source: A file, folder, state dict, module or pair of tensors; see
+                `headplug.checkpoints.read_embedding` for all forms.
+            output_dim: Width of the projection.
+            activation: As in the constructor.
+            freeze: As in the constructor.
+
+        Raises:
+            CheckpointError: The source holds no embedding layer, or would have to be unpickled.
+        """
+        weight, bias = read_embedding(source)
+        embedding_dim, input_dim = weight.shape
+        return cls(input_dim, embedding_dim, output_dim, activation, freeze, weights=(weight, bias))
+
+    def project(self, x: Tensor) -> Tensor:
+        """The head on `(batch, input_dim)`.
+
+        Raises:
+            HeadplugError: It is in training mode and was never given pretrained weights.
+        """
+        if self.training and not self._is_pretrained:
+            raise HeadplugError(
+                "this ae_embedding head has no pretrained embedding layer and will not train. Pretrain "
+                f"one: `headplug pretrain-ae --data DATA --hidden-dim {self.input_dim} --latent-dim "
+                f"{self.embedding_dim} --out ae.safetensors`, then pass weights='ae.safetensors' (or "
+                "build the head with AEEmbeddingHead.from_autoencoder)."
+            )
+        return super().project(x)
+
+    def _fill(self, weight: Tensor, bias: Tensor) -> None:
+        layer = self.layers.embedding
+        if layer.weight.shape != weight.shape:
+            (out, width), (out_asked, width_asked) = weight.shape, layer.weight.shape
+            raise DimensionError(
+                f"the autoencoder's embedding layer maps {width} features to {out}, the head was asked "
+                f"for {width_asked} to {out_asked}. Pretrain one with `headplug pretrain-ae "
+                f"--hidden-dim {width_asked} --latent-dim {out_asked}`, or leave embedding_dim out to "
+                "take the file's."
+            )
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+            self.pretrained.fill_(1)
+        self._is_pretrained = True
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Weights from elsewhere come without the mark; only a state dict of ours says "not yet".
+        if prefix + "layers.embedding.weight" in state:
+            state.setdefault(prefix + "pretrained", torch.ones(()))
+        super()._load_from_state_dict(state, prefix, *args)
+        self._is_pretrained = bool(state.get(prefix + "pretrained", self._is_pretrained))
+
+
+_activation = activation  # the argument of the same name hides it in the constructor

@@ -1,0 +1,153 @@
+"""Every MLP head: one builder, and a table of the published recipes.
+
+Layers lie in one `nn.Sequential` called `layers`, in lightly's order, so that state dicts and seeds
+carry over from lightly's heads and back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from headplug.errors import OptionError, unknown
+from headplug.heads.base import ProjectionHead, activation, positive
+
+Norm = Literal["batch", "batch_no_affine", "layer", "none"]
+
+
+class MLPHead(ProjectionHead):
+    """`num_layers` linear layers with norm and activation between them.
+
+    A linear layer has a bias where no norm follows it, as in lightly.
+
+    Args:
+        input_dim: Width of the representation.
+        output_dim: Width of the projection.
+        hidden_dim: Width of the layers between; left out, that of the input.
+        num_layers: Number of linear layers.
+        activation: relu, silu, gelu, sigmoid, tanh or identity.
+        norm: After every hidden layer: batch, batch_no_affine, layer or none.
+        output_norm: The same after the last layer.
+
+    Raises:
+        OptionError: An option has an impossible value.
+
+    >>> MLPHead(512, 128, norm="none").layers
+    Sequential(
+      (0): Linear(in_features=512, out_features=512, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=512, out_features=128, bias=True)
+    )
+    """
+
+    name = "mlp"
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int = 128,
+        hidden_dim: int | None = None,
+        num_layers: int = 2,
+        activation: str = "relu",
+        norm: Norm = "batch",
+        output_norm: Norm = "none",
+    ) -> None:
+        super().__init__(input_dim, output_dim)
+        self.hidden_dim = positive("hidden_dim", input_dim if hidden_dim is None else hidden_dim)
+        self.num_layers = positive("num_layers", num_layers)
+        self.activation = activation
+        self.norm = norm
+        self.output_norm = output_norm
+        widths = [input_dim, *[self.hidden_dim] * (num_layers - 1), output_dim]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in zip(widths[:-2], widths[1:-1], strict=True):
+            layers += [*_linear(fan_in, fan_out, norm), _activation(activation)]
+        self.layers = nn.Sequential(*layers, *_linear(widths[-2], output_dim, output_norm))
+
+
+_activation = activation  # the argument of the same name hides it in the constructor
+
+
+def _linear(fan_in: int, fan_out: int, norm: Norm) -> list[nn.Module]:
+    norms: dict[str, list[nn.Module]] = {
+        "batch": [nn.BatchNorm1d(fan_out)],
+        "batch_no_affine": [nn.BatchNorm1d(fan_out, affine=False)],
+        "layer": [nn.LayerNorm(fan_out)],
+        "none": [],
+    }
+    if norm not in norms:
+        raise OptionError(str(unknown("norm", str(norm), norms)))
+    return [nn.Linear(fan_in, fan_out, bias=norm == "none"), *norms[norm]]
+
+
+def _preset(
+    summary: str, paper: str, source: str, hidden_dim: int | None, output_dim: int, **options: Any
+) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "paper": f"arXiv {paper}",
+        "source": f"lightly.models.modules.heads:{source}" if source else "",
+        "preset": {"hidden_dim": hidden_dim, "output_dim": output_dim, **options},
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "simclr": _preset(
+        "SimCLR's projector as in lightly: batch norm after both layers",
+        "2002.05709", "SimCLRProjectionHead", 2048, 128, output_norm="batch",
+    ),
+    "simclr_plain": _preset(
+        "linear, activation, linear: the papers' and solo-learn's SimCLR projector",
+        "2002.05709", "", None, 128, norm="none",
+    ),
+    "simclr_v2": _preset(
+        "SimCLR v2's deeper projector, with batch norm after all three layers",
+        "2006.10029", "SimCLRProjectionHead", 2048, 128, num_layers=3, output_norm="batch",
+    ),
+    "moco_v2": _preset(
+        "MoCo v2's projector, without norm", "2003.04297", "MoCoProjectionHead", 2048, 128, norm="none",
+    ),
+    "moco_v3": _preset(
+        "MoCo v3's projector: three layers, batch norm after each",
+        "2104.02057", "MoCoProjectionHead", 4096, 256, num_layers=3, output_norm="batch",
+    ),
+    "byol": _preset("BYOL's projector", "2006.07733", "BYOLProjectionHead", 4096, 256),
+    "byol_predictor": _preset(
+        "BYOL's predictor, behind its projector", "2006.07733", "BYOLPredictionHead", 4096, 256,
+    ),
+    "simsiam": _preset(
+        "SimSiam's projector: three layers, the last norm without scale and shift",
+        "2011.10566", "SimSiamProjectionHead", 2048, 2048, num_layers=3, output_norm="batch_no_affine",
+    ),
+    "simsiam_predictor": _preset(
+        "SimSiam's bottleneck predictor", "2011.10566", "SimSiamPredictionHead", 512, 2048,
+    ),
+    "barlow_twins": _preset(
+        "Barlow Twins' wide projector", "2103.03230", "BarlowTwinsProjectionHead", 8192, 8192,
+        num_layers=3,
+    ),
+    "vicreg": _preset(
+        "VICReg's wide expander", "2105.04906", "VICRegProjectionHead", 8192, 8192, num_layers=3,
+    ),
+    "nnclr": _preset(
+        "NNCLR's projector: three layers, batch norm after each",
+        "2104.14548", "NNCLRProjectionHead", 2048, 256, num_layers=3, output_norm="batch",
+    ),
+    "nnclr_predictor": _preset(
+        "NNCLR's predictor", "2104.14548", "NNCLRPredictionHead", 4096, 256,
+    ),
+    "swav": _preset(
+        "SwAV's projector; normalise its output before the prototypes",
+        "2006.09882", "SwaVProjectionHead", 2048, 128,
+    ),
+    "tico": _preset("TiCo's projector", "2206.10698", "TiCoProjectionHead", 4096, 256),
+    "msn": _preset(
+        "MSN's projector: three layers with GELU",
+        "2204.07141", "MSNProjectionHead", 2048, 256, num_layers=3, activation="gelu",
+    ),
+    "densecl": _preset(
+        "DenseCL's projector, for vectors and for maps with channels last",
+        "2011.09157", "DenseCLProjectionHead", 2048, 128, norm="none",
+    ),
+}  # fmt: skip
