@@ -19,8 +19,8 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     """The tensors in a file, or in a pythae folder, by name.
 
     Args:
-        path: A `.safetensors` file, a file written by `torch.save` (Lightning's `.ckpt` included), or
-            a folder that holds pythae's `model.pt`.
+        path: A `.safetensors` file, a file written by `torch.save` (Lightning's `.ckpt` included),
+            or a folder that holds pythae's `model.pt`.
 
     Raises:
         UnknownNameError: There is no such file.
@@ -56,8 +56,8 @@ def read_embedding(source: Any) -> tuple[Tensor, Tensor]:
     """The embedding layer of an autoencoder, whatever form it comes in.
 
     Args:
-        source: A path to headplug's `.safetensors`, to a Lightning `.ckpt` of the AE paper's code, to
-            pythae's `model.pt` or its folder, or to a bare state dict (keys with or without
+        source: A path to headplug's `.safetensors`, to a Lightning `.ckpt` of the AE paper's code,
+            to pythae's `model.pt` or its folder, or to a bare state dict (keys with or without
             `encoder.`); or such a state dict; or a module that has an `embedding` layer; or an
             `nn.Linear`; or the pair of its weight and bias.
 
@@ -79,8 +79,8 @@ def read_embedding(source: Any) -> tuple[Tensor, Tensor]:
         weight, bias = source
     else:
         raise CheckpointError(
-            f"cannot read an embedding layer from a {where}; pass a path, a state dict, a module or "
-            "the pair (weight, bias)."
+            f"cannot read an embedding layer from a {where}; pass a path, a state dict, a module "
+            "or the pair (weight, bias)."
         )
     shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (weight, bias)]
     if not (isinstance(weight, Tensor) and isinstance(bias, Tensor)) or (
@@ -103,8 +103,8 @@ def _find_embedding(state: Mapping[str, Any], where: str) -> tuple[Any, Any]:
     if len(found) != 1:
         keys = ", ".join(found or list(state)[:6]) or "nothing"
         raise CheckpointError(
-            f"{where} has {len(found) or 'no'} layers named 'embedding' (keys: {keys}); one is needed. "
-            "Pass the layer itself: weights=autoencoder.encoder.embedding."
+            f"{where} has {len(found) or 'no'} layers named 'embedding' (keys: {keys}); one is "
+            "needed. Pass the layer itself: weights=autoencoder.encoder.embedding."
         )
     key = found[0]
     return state[key], state.get(key.removesuffix("weight") + "bias")

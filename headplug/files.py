@@ -30,7 +30,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if _is_write_failure(error):
-            raise RunError(f"cannot write {path}: {error}. Free space or choose another folder.") from error
+            raise RunError(
+                f"cannot write {path}: {error}. Free space or choose another folder."
+            ) from error
         raise
     except BaseException:
         with suppress(OSError):

@@ -75,7 +75,9 @@ class Entry:
             if p.default is p.empty and n not in options and p.kind is p.KEYWORD_ONLY
         ]  # fmt: skip
         if missing:
-            raise OptionError(f"{self.name}: {', '.join(missing)} must be given, e.g. {missing[0]}=512.")
+            raise OptionError(
+                f"{self.name}: {', '.join(missing)} must be given, e.g. {missing[0]}=512."
+            )
         target = self.builder.__init__ if inspect.isclass(self.builder) else self.builder
         hints = typing.get_type_hints(target)
         for name, value in options.items():
@@ -107,7 +109,7 @@ class Registry:
         self.group = group
         self.listing = listing
         self._entries: dict[str, Entry] = {}
-        self._loaded = group is None
+        self._loaded = False
 
     def register(
         self, name: str, builder: B | None = None, *, overwrite: bool = False, **about: Any
@@ -127,7 +129,8 @@ class Registry:
             return lambda b: self.register(name, b, overwrite=overwrite, **about)
         if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_.\-]*", name):
             raise OptionError(
-                f"{name!r} cannot name a {self.kind}: use lower-case letters, digits, '_', '-', '.'."
+                f"{name!r} cannot name a {self.kind}: use lower-case letters, digits, '_', '-', "
+                "'.'."
             )
         if name in self._entries and not overwrite:
             raise OptionError(
@@ -137,7 +140,9 @@ class Registry:
         entry = Entry(name=name, builder=builder, **about)
         for option in entry.preset:
             if option not in entry.signature.parameters:
-                raise OptionError(f"the preset of {name!r} sets {option!r}, which {builder!r} lacks.")
+                raise OptionError(
+                    f"the preset of {name!r} sets {option!r}, which {builder!r} lacks."
+                )
         self._entries[name] = entry
         return builder
 
@@ -163,7 +168,7 @@ class Registry:
         return entry.builder(**entry.bind(options))
 
     def _load(self) -> None:
-        if self._loaded:
+        if self._loaded or self.group is None:
             return
         self._loaded = True
         for point in metadata.entry_points(group=self.group):

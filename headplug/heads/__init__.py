@@ -1,7 +1,8 @@
 """The projection heads and their registry.
 
-`create_head` builds one by name, `list_heads` and `describe_head` say what there is, `register_head`
-adds to it; other packages add theirs through the entry-point group `headplug.heads`.
+`create_head` builds one by name, `list_heads` and `describe_head` say what there is,
+`register_head` adds to it; other packages add theirs through the entry-point group
+`headplug.heads`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def create_head(name: str | Mapping[str, Any], /, **options: Any) -> nn.Module:
         raise OptionError(f"a head is named by a string or a mapping, not by {name!r}.")
     entry = HEADS.get(name)
     bound = entry.bind(options)
-    head = entry.builder(**bound)
+    head: object = entry.builder(**bound)
     if isinstance(head, ProjectionHead):
         head.name = name
     elif isinstance(head, nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from headplug.checkpoints import read_embedding
 from headplug.errors import DimensionError, HeadplugError
-from headplug.heads.base import ProjectionHead, activation, positive
+from headplug.heads.base import ProjectionHead, make_activation, positive
 
 Weights = str | Path | Mapping[str, Any] | nn.Module | tuple[Tensor, Tensor]
 
@@ -47,12 +47,12 @@ class FrozenLinear(nn.Module):
 
 
 class AEEmbeddingHead(ProjectionHead):
-    """Linear(input > embedding) from a pretrained autoencoder, activation, Linear(embedding > output).
+    """A pretrained autoencoder's embedding layer, an activation, and a trained linear layer.
 
     From arXiv 2408.14514. The embedding layer is that of a shallow autoencoder trained on the same
-    images (`headplug.pretrain_autoencoder`, `headplug pretrain-ae`); frozen, it is a buffer, so that
-    neither weight decay nor EMA nor `requires_grad_` changes a bit of it. Without pretrained weights
-    the head refuses to train; loading a state dict that has them counts as giving them.
+    images (`headplug.pretrain_autoencoder`, `headplug pretrain-ae`); frozen, it is a buffer, so
+    that neither weight decay nor EMA nor `requires_grad_` changes a bit of it. Without pretrained
+    weights the head refuses to train; loading a state dict that has them counts as giving them.
 
     Args:
         input_dim: Width of the representation; it must be the autoencoder's hidden width.
@@ -73,6 +73,7 @@ class AEEmbeddingHead(ProjectionHead):
     """
 
     name = "ae_embedding"
+    pretrained: Tensor
 
     def __init__(
         self,
@@ -90,15 +91,17 @@ class AEEmbeddingHead(ProjectionHead):
         self.embedding_dim = positive("embedding_dim", embedding_dim)
         self.activation = activation
         self.freeze = freeze
-        layer: nn.Module = (FrozenLinear if freeze else nn.Linear)(input_dim, embedding_dim)
+        linear = FrozenLinear if freeze else nn.Linear
         self.layers = nn.Sequential(
             OrderedDict(
-                embedding=layer,
-                activation=_activation(activation),
+                embedding=linear(input_dim, embedding_dim),
+                activation=make_activation(activation),
                 output=nn.Linear(embedding_dim, output_dim),
             )
         )
-        self.register_buffer("pretrained", torch.zeros(()))  # in the state dict, so that it is known
+        self.register_buffer(
+            "pretrained", torch.zeros(())
+        )  # in the state dict, so that it is known
         self._is_pretrained = False
         if pretrained is not None:
             self._fill(*pretrained)
@@ -127,6 +130,11 @@ class AEEmbeddingHead(ProjectionHead):
         embedding_dim, input_dim = weight.shape
         return cls(input_dim, embedding_dim, output_dim, activation, freeze, weights=(weight, bias))
 
+    @property
+    def embedding(self) -> FrozenLinear | nn.Linear:
+        """The layer that comes from the autoencoder."""
+        return cast("FrozenLinear | nn.Linear", self.layers.get_submodule("embedding"))
+
     def project(self, x: Tensor) -> Tensor:
         """The head on `(batch, input_dim)`.
 
@@ -135,22 +143,23 @@ class AEEmbeddingHead(ProjectionHead):
         """
         if self.training and not self._is_pretrained:
             raise HeadplugError(
-                "this ae_embedding head has no pretrained embedding layer and will not train. Pretrain "
-                f"one: `headplug pretrain-ae --data DATA --hidden-dim {self.input_dim} --latent-dim "
-                f"{self.embedding_dim} --out ae.safetensors`, then pass weights='ae.safetensors' (or "
-                "build the head with AEEmbeddingHead.from_autoencoder)."
+                "this ae_embedding head has no pretrained embedding layer and will not train. "
+                f"Pretrain one: `headplug pretrain-ae --data DATA --hidden-dim {self.input_dim} "
+                f"--latent-dim {self.embedding_dim} --out ae.safetensors`, then pass "
+                "weights='ae.safetensors' (or build the head with "
+                "AEEmbeddingHead.from_autoencoder)."
             )
         return super().project(x)
 
     def _fill(self, weight: Tensor, bias: Tensor) -> None:
-        layer = self.layers.embedding
+        layer = self.embedding
         if layer.weight.shape != weight.shape:
             (out, width), (out_asked, width_asked) = weight.shape, layer.weight.shape
             raise DimensionError(
-                f"the autoencoder's embedding layer maps {width} features to {out}, the head was asked "
-                f"for {width_asked} to {out_asked}. Pretrain one with `headplug pretrain-ae "
-                f"--hidden-dim {width_asked} --latent-dim {out_asked}`, or leave embedding_dim out to "
-                "take the file's."
+                f"the autoencoder's embedding layer maps {width} features to {out}, the head was "
+                f"asked for {width_asked} to {out_asked}. Pretrain one with `headplug pretrain-ae "
+                f"--hidden-dim {width_asked} --latent-dim {out_asked}`, or leave embedding_dim out "
+                "to take the file's."
             )
         with torch.no_grad():
             layer.weight.copy_(weight)
@@ -164,6 +173,3 @@ class AEEmbeddingHead(ProjectionHead):
             state.setdefault(prefix + "pretrained", torch.ones(()))
         super()._load_from_state_dict(state, prefix, *args)
         self._is_pretrained = bool(state.get(prefix + "pretrained", self._is_pretrained))
-
-
-_activation = activation  # the argument of the same name hides it in the constructor

@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def activation(name: str) -> nn.Module:
+def make_activation(name: str) -> nn.Module:
     """The activation of that name.
 
     Raises:
@@ -34,8 +34,8 @@ class ProjectionHead(nn.Module):
     """Base of the heads: maps `(..., input_dim)` to `(..., output_dim)` through `self.layers`.
 
     A subclass stores each constructor argument under its own name; `config` is read from there.
-    Inputs with more than two dimensions (tokens, maps with channels last) are folded into one batch,
-    so that batch norm takes its statistics over all positions.
+    Inputs with more than two dimensions (tokens, maps with channels last) are folded into one
+    batch, so that batch norm takes its statistics over all positions.
 
     Args:
         input_dim: Width of the representation `h`.
@@ -55,7 +55,7 @@ class ProjectionHead(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The name and options that make `create_head` build this head again, without its weights."""
+        """What makes `create_head` build this head again, without its weights."""
         options = inspect.signature(type(self)).parameters
         return {"name": self.name, **{o: getattr(self, o) for o in options if o != "weights"}}
 
@@ -67,13 +67,14 @@ class ProjectionHead(nn.Module):
         """
         if x.shape[-1] != self.input_dim:
             raise DimensionError(
-                f"the head {self.name!r} takes {self.input_dim} features in the last dimension; the "
-                f"input has shape {tuple(x.shape)}. Pool or flatten it, or build the head with "
+                f"the head {self.name!r} takes {self.input_dim} features in the last dimension; "
+                f"the input has shape {tuple(x.shape)}. Pool or flatten it, or build the head with "
                 f"input_dim={x.shape[-1]}."
             )
         if x.ndim <= 2:
             return self.project(x)
-        return self.project(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        z: Tensor = self.project(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return z
 
     def project(self, x: Tensor) -> Tensor:
         """The head itself, on `(batch, input_dim)`."""

@@ -6,12 +6,13 @@ carry over from lightly's heads and back.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 from torch import nn
 
 from headplug.errors import OptionError, unknown
-from headplug.heads.base import ProjectionHead, activation, positive
+from headplug.heads.base import ProjectionHead, make_activation, positive
 
 Norm = Literal["batch", "batch_no_affine", "layer", "none"]
 
@@ -61,12 +62,9 @@ class MLPHead(ProjectionHead):
         self.output_norm = output_norm
         widths = [input_dim, *[self.hidden_dim] * (num_layers - 1), output_dim]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-2], widths[1:-1], strict=True):
-            layers += [*_linear(fan_in, fan_out, norm), _activation(activation)]
+        for fan_in, fan_out in itertools.pairwise(widths[:-1]):
+            layers += [*_linear(fan_in, fan_out, norm), make_activation(activation)]
         self.layers = nn.Sequential(*layers, *_linear(widths[-2], output_dim, output_norm))
-
-
-_activation = activation  # the argument of the same name hides it in the constructor
 
 
 def _linear(fan_in: int, fan_out: int, norm: Norm) -> list[nn.Module]:
@@ -106,7 +104,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "2006.10029", "SimCLRProjectionHead", 2048, 128, num_layers=3, output_norm="batch",
     ),
     "moco_v2": _preset(
-        "MoCo v2's projector, without norm", "2003.04297", "MoCoProjectionHead", 2048, 128, norm="none",
+        "MoCo v2's projector, without norm",
+        "2003.04297", "MoCoProjectionHead", 2048, 128, norm="none",
     ),
     "moco_v3": _preset(
         "MoCo v3's projector: three layers, batch norm after each",
@@ -118,7 +117,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "simsiam": _preset(
         "SimSiam's projector: three layers, the last norm without scale and shift",
-        "2011.10566", "SimSiamProjectionHead", 2048, 2048, num_layers=3, output_norm="batch_no_affine",
+        "2011.10566", "SimSiamProjectionHead", 2048, 2048, num_layers=3,
+        output_norm="batch_no_affine",
     ),
     "simsiam_predictor": _preset(
         "SimSiam's bottleneck predictor", "2011.10566", "SimSiamPredictionHead", 512, 2048,

@@ -47,8 +47,8 @@ class ReweightingHead(ProjectionHead):
         lost = int((weights < torch.finfo(torch.float32).tiny).sum())
         if lost:
             warnings.warn(
-                f"kappa={kappa} makes the last {lost} of {input_dim} weights vanish in float32: the "
-                f"loss will not see those features. Take kappa nearer to 1 to keep them.",
+                f"kappa={kappa} makes the last {lost} of {input_dim} weights vanish in float32: "
+                f"the loss will not see those features. Take kappa nearer to 1 to keep them.",
                 stacklevel=2,
             )
         self.register_buffer("reweights", weights.to(torch.get_default_device()))
@@ -60,7 +60,7 @@ class ReweightingHead(ProjectionHead):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         exact = self.reweights
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.reweights.dtype != exact.dtype:  # .half() would round small weights to zero
             self.reweights = exact.to(self.reweights.device)
         return self
