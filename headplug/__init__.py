@@ -13,8 +13,7 @@ from headplug.heads import (
     register_head,
 )
 from headplug.hosts import HeadSlot, find_slots
-
-# from headplug.probing import LayerReport, probe_layers
+from headplug.probing import LayerReport, probe_layers
 from headplug.store import FeatureStore, extract_features
 from headplug.swap import swap_head
 from headplug.taps import features, list_taps, tap

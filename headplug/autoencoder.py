@@ -172,7 +172,7 @@ def pretrain_autoencoder(
         positive(name, value)
     if not 0 < validation < 1:
         raise OptionError(f"validation must lie between 0 and 1, not at {validation!r}.")
-    data = _images(images)
+    data: Tensor = _images(images)
     place = torch.device(_default_device() if device == "auto" else device)
     data = _resident(data, place)
 
@@ -272,7 +272,7 @@ def _epoch(
     return float(total / len(order))
 
 
-def _images(images: Any) -> Tensor:
+def _images(images: Any) -> Any:
     """Any accepted form as one tensor of uint8, or of floats in [0, 1]."""
     if not isinstance(images, Tensor):
         each = [_pixels(images[i]) for i in range(len(images))]
@@ -297,13 +297,13 @@ def _images(images: Any) -> Tensor:
     return images.to(torch.float32)
 
 
-def _pixels(item: Any) -> Tensor:
+def _pixels(item: Any) -> Any:
     image = item[0] if isinstance(item, tuple | list) else item
     import numpy as np
 
     if isinstance(image, Tensor):
         return image
-    array: Tensor = torch.from_numpy(np.array(image))
+    array = torch.from_numpy(np.array(image))
     return array.permute(2, 0, 1) if array.ndim == 3 else array
 
 

@@ -21,6 +21,8 @@ from headplug.errors import DimensionError, OptionError, SlotError
 from headplug.heads import create_head, describe_head
 from headplug.hosts import HeadSlot, describe, dims, find_slots, find_twin, submodule
 
+ANCHOR = "ema_anchor"
+
 
 @dataclass(frozen=True)
 class SwapReport:
@@ -169,10 +171,8 @@ def swap_head(
     notes: list[str] = []
     new_twin = None
     if old_twin is not None:
-        new_twin = _twin_of(new)
-        if not list(new.parameters()):
-            for module in (new, new_twin):  # EMA updates refuse an empty list of parameters
-                module.register_parameter("ema_anchor", nn.Parameter(torch.empty(0), False))
+        new_twin = build_twin(new)
+        if hasattr(new, ANCHOR):
             notes.append("the head has no parameters; an empty frozen one lets EMA updates run.")
         _settle(new_twin, old_twin, model)
         paths = [p for p, m in model.named_modules(remove_duplicate=False) if m is old_twin]
@@ -302,18 +302,30 @@ def _check_dims(new: nn.Module, place: HeadSlot) -> int:
     return widths[1]
 
 
-def _twin_of(new: nn.Module) -> nn.Module:
-    config = getattr(new, "config", None)
+def build_twin(head: nn.Module) -> nn.Module:
+    """The EMA copy of a head: equal, frozen, sharing no storage with it.
+
+    A head without parameters gets an empty frozen one, and so does its copy, because EMA updates
+    (lightly's `update_momentum` among them) refuse an empty list.
+
+    Raises:
+        SlotError: The head is of a class that cannot be built or copied a second time.
+    """
+    config = getattr(head, "config", None)
+    if not list(head.parameters()):
+        head.register_parameter(ANCHOR, nn.Parameter(torch.empty(0), False))
     try:
         if config is None:
-            twin = copy.deepcopy(new)
+            twin = copy.deepcopy(head)
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 twin = create_head(config)
-        twin.load_state_dict(new.state_dict())
+        if hasattr(head, ANCHOR):
+            twin.register_parameter(ANCHOR, nn.Parameter(torch.empty(0), False))
+        twin.load_state_dict(head.state_dict())
     except Exception as error:
         raise SlotError(
-            f"no EMA twin of {type(new).__name__} can be built ({error}). Register the head and "
+            f"no EMA twin of {type(head).__name__} can be built ({error}). Register the head and "
             "pass its name, so that it can be built twice."
         ) from error
     return twin.requires_grad_(False)

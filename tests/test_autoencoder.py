@@ -38,15 +38,24 @@ from headplug.errors import (
 from headplug.heads.ae_embedding import AEEmbeddingHead
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers this small are only slowed down by threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
-def ae() -> Autoencoder:
+def ae() -> Any:  # so that a type checker takes `encoder.embedding` for what it is
     torch.manual_seed(1)
     return Autoencoder((3, 4, 4), latent_dim=6, hidden_dim=10)
 
 
-def holds_embedding(source: Any, ae: nn.Module) -> bool:
+def holds_embedding(source: Any, ae: Any) -> bool:
     """Whether a head built from `source` has exactly the embedding layer of `ae`."""
-    head = AEEmbeddingHead.from_autoencoder(source, output_dim=4)
+    head: Any = AEEmbeddingHead.from_autoencoder(source, output_dim=4)
     assert (head.input_dim, head.embedding_dim, head.output_dim) == (10, 6, 4)
     assert head.train()(torch.rand(5, 10)).shape == (5, 4)
     layer, embedding = head.layers.embedding, ae.encoder.embedding
@@ -73,7 +82,7 @@ def same(a: Autoencoder, b: Autoencoder) -> bool:
 # --- forms that are read ----------------------------------------------------------------------
 
 
-def test_lightning_checkpoint_of_the_authors_code_is_read(ae: Autoencoder, tmp_path: Path) -> None:
+def test_lightning_checkpoint_of_the_authors_code_is_read(ae: Any, tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
 
     class Authors(lightning.LightningModule):  # type: ignore[name-defined, misc]
@@ -131,13 +140,13 @@ def pythae_folder(folder: Path, state: dict[str, Tensor], name: str = "AEConfig"
 @pytest.mark.parametrize("kind", [str, Path])
 @pytest.mark.parametrize("part", ["", "model.pt"])
 def test_pythae_folder_and_file_are_read(
-    ae: Autoencoder, tmp_path: Path, part: str, kind: Callable[[Path], Any]
+    ae: Any, tmp_path: Path, part: str, kind: Callable[[Path], Any]
 ) -> None:
     folder = pythae_folder(tmp_path / "final_model", ae.state_dict())
     assert holds_embedding(kind(folder / part), ae)
 
 
-def test_pythae_vae_is_read_for_its_mean_layer(ae: Autoencoder, tmp_path: Path) -> None:
+def test_pythae_vae_is_read_for_its_mean_layer(ae: Any, tmp_path: Path) -> None:
     log_var = nn.Linear(10, 6)
     state = ae.state_dict()
     state |= {f"encoder.log_var.{k}": v for k, v in log_var.state_dict().items()}
@@ -146,9 +155,7 @@ def test_pythae_vae_is_read_for_its_mean_layer(ae: Autoencoder, tmp_path: Path) 
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("prefix", ["", "encoder.", "module.encoder."])
-def test_bare_state_dicts_are_read(
-    ae: Autoencoder, tmp_path: Path, prefix: str, legacy: bool
-) -> None:
+def test_bare_state_dicts_are_read(ae: Any, tmp_path: Path, prefix: str, legacy: bool) -> None:
     state = {prefix + name: value for name, value in ae.encoder.state_dict().items()}
     assert holds_embedding(state, ae)
     torch.save(state, tmp_path / "state.pt", _use_new_zipfile_serialization=not legacy)
@@ -157,19 +164,19 @@ def test_bare_state_dicts_are_read(
     assert holds_embedding(tmp_path / "state.safetensors", ae)
 
 
-def test_modules_and_pairs_are_read(ae: Autoencoder) -> None:
+def test_modules_and_pairs_are_read(ae: Any) -> None:
     layer = ae.encoder.embedding
     for source in (ae, ae.encoder, layer, (layer.weight, layer.bias), layer.state_dict()):
         assert holds_embedding(source, ae)
 
 
-def test_headplugs_own_file_is_read(ae: Autoencoder, tmp_path: Path) -> None:
+def test_headplugs_own_file_is_read(ae: Any, tmp_path: Path) -> None:
     ae.save(tmp_path / "ae.safetensors")
     assert holds_embedding(tmp_path / "ae.safetensors", ae)
     assert holds_embedding(str(tmp_path / "ae.safetensors"), ae)
 
 
-def test_double_and_half_weights_become_float32(ae: Autoencoder) -> None:
+def test_double_and_half_weights_become_float32(ae: Any) -> None:
     for dtype in (torch.float64, torch.float16):
         weight, bias = read_embedding(copy.deepcopy(ae).to(dtype))
         assert (weight.dtype, bias.dtype) == (torch.float32, torch.float32)
@@ -203,7 +210,7 @@ def bombs(folder: Path, state: dict[str, Tensor], target: Path) -> Iterator[Path
     yield plain
 
 
-def test_pickle_bombs_are_refused_and_do_not_go_off(ae: Autoencoder, tmp_path: Path) -> None:
+def test_pickle_bombs_are_refused_and_do_not_go_off(ae: Any, tmp_path: Path) -> None:
     target = tmp_path / "touched"
     for path in bombs(tmp_path, ae.state_dict(), target):
         with pytest.raises(CheckpointError, match=path.name):
@@ -218,11 +225,12 @@ def test_pickle_bombs_are_refused_and_do_not_go_off(ae: Autoencoder, tmp_path: P
     assert target.exists()  # the bombs were live
 
 
-def test_refusal_of_a_pickle_does_not_advise_to_unpickle_it(tmp_path: Path) -> None:
+def test_refusal_of_a_pickle_does_not_repeat_torchs_advice_to_unpickle(tmp_path: Path) -> None:
     torch.save({"encoder": Bomb(tmp_path / "touched")}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError) as caught:
         AEEmbeddingHead.from_autoencoder(tmp_path / "model.pt")
-    assert "set to `False`" not in str(caught.value)  # torch's own message says so
+    assert "can still be loaded" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)  # nor its bold type
 
 
 def test_folder_with_a_pickled_encoder_alone_is_refused(tmp_path: Path) -> None:
@@ -236,7 +244,7 @@ def test_folder_with_a_pickled_encoder_alone_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "touched").exists()
 
 
-def test_pickled_module_is_refused_with_the_way_out(ae: Autoencoder, tmp_path: Path) -> None:
+def test_pickled_module_is_refused_with_the_way_out(ae: Any, tmp_path: Path) -> None:
     torch.save(ae, tmp_path / "whole.pt")
     with pytest.raises(CheckpointError, match=r"never unpickles.*torch\.save\(model\.state_dict"):
         AEEmbeddingHead.from_autoencoder(tmp_path / "whole.pt")
@@ -244,9 +252,7 @@ def test_pickled_module_is_refused_with_the_way_out(ae: Autoencoder, tmp_path: P
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("name", ["ae.safetensors", "ae.pt"])
-def test_truncated_files_are_refused(
-    ae: Autoencoder, tmp_path: Path, name: str, share: float
-) -> None:
+def test_truncated_files_are_refused(ae: Any, tmp_path: Path, name: str, share: float) -> None:
     path = tmp_path / name
     if path.suffix == ".pt":
         torch.save(ae.state_dict(), path)
@@ -291,14 +297,14 @@ def test_another_networks_file_is_refused_with_its_keys(tmp_path: Path) -> None:
         Autoencoder.load(tmp_path / "resnet.safetensors")
 
 
-def test_two_embedding_layers_are_ambiguous(ae: Autoencoder) -> None:
+def test_two_embedding_layers_are_ambiguous(ae: Any) -> None:
     state = {f"{m}.{k}": v for m in ("online", "ema") for k, v in ae.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"online\.encoder\.embedding") as caught:
         AEEmbeddingHead.from_autoencoder(state)
     assert "ema.encoder.embedding" in str(caught.value)
 
 
-def test_other_widths_than_asked_for_are_named(ae: Autoencoder) -> None:
+def test_other_widths_than_asked_for_are_named(ae: Any) -> None:
     with pytest.raises(DimensionError, match=r"10 features to 6.*12 to 6"):
         AEEmbeddingHead(12, weights=ae)
     with pytest.raises(DimensionError, match=r"10 features to 6.*10 to 5"):
@@ -308,7 +314,7 @@ def test_other_widths_than_asked_for_are_named(ae: Autoencoder) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("part", ["weight", "bias"])
-def test_weights_that_are_not_finite_are_refused(ae: Autoencoder, part: str, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(ae: Any, part: str, value: float) -> None:
     getattr(ae.encoder.embedding, part).data.flatten()[3] = value
     with pytest.raises(CheckpointError, match="not finite"):
         AEEmbeddingHead.from_autoencoder(ae)
@@ -359,7 +365,7 @@ def test_untrained_head_refuses_to_train_and_says_how_to_pretrain(freeze: bool) 
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("freeze", [True, False])
 def test_state_dict_of_a_pretrained_head_makes_a_head_ready(
-    ae: Autoencoder, freeze: bool, marked: bool, wrap: bool
+    ae: Any, freeze: bool, marked: bool, wrap: bool
 ) -> None:
     source: nn.Module = AEEmbeddingHead.from_autoencoder(ae, 4, freeze=freeze)
     head: nn.Module = AEEmbeddingHead(10, 6, 4, freeze=freeze)
@@ -376,17 +382,17 @@ def test_state_dict_of_a_pretrained_head_makes_a_head_ready(
 
 
 def test_state_dict_survives_a_file_and_moves_between_frozen_and_trained(
-    ae: Autoencoder, tmp_path: Path
+    ae: Any, tmp_path: Path
 ) -> None:
     source = AEEmbeddingHead.from_autoencoder(ae, 4)
     torch.save(source.state_dict(), tmp_path / "head.pt")
-    head = AEEmbeddingHead(10, 6, 4, freeze=False)
+    head: Any = AEEmbeddingHead(10, 6, 4, freeze=False)
     head.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
     assert trains(head)
     assert torch.equal(head.layers.embedding.weight, ae.encoder.embedding.weight)
 
 
-def test_state_dict_of_an_untrained_head_does_not_make_a_head_ready(ae: Autoencoder) -> None:
+def test_state_dict_of_an_untrained_head_does_not_make_a_head_ready(ae: Any) -> None:
     untrained = AEEmbeddingHead(10, 6, 4).state_dict()
     head = AEEmbeddingHead(10, 6, 4)
     head.load_state_dict(untrained)
@@ -396,7 +402,7 @@ def test_state_dict_of_an_untrained_head_does_not_make_a_head_ready(ae: Autoenco
     assert not trains(ready)  # its weights are now the random ones
 
 
-def test_part_of_a_state_dict_without_the_embedding_changes_nothing(ae: Autoencoder) -> None:
+def test_part_of_a_state_dict_without_the_embedding_changes_nothing(ae: Any) -> None:
     output = {k: v for k, v in AEEmbeddingHead(10, 6, 4).state_dict().items() if "output" in k}
     head, ready = AEEmbeddingHead(10, 6, 4), AEEmbeddingHead.from_autoencoder(ae, 4)
     head.load_state_dict(output, strict=False)
@@ -405,14 +411,14 @@ def test_part_of_a_state_dict_without_the_embedding_changes_nothing(ae: Autoenco
     assert trains(ready)
 
 
-def test_failed_load_does_not_make_a_head_ready(ae: Autoencoder) -> None:
+def test_failed_load_does_not_make_a_head_ready(ae: Any) -> None:
     head = AEEmbeddingHead(10, 5, 4)  # narrower than the autoencoder
     with pytest.raises(RuntimeError, match="size mismatch"):
         head.load_state_dict(AEEmbeddingHead.from_autoencoder(ae, 4).state_dict())
     assert not trains(head)
 
 
-def test_loading_leaves_the_callers_state_dict_alone(ae: Autoencoder) -> None:
+def test_loading_leaves_the_callers_state_dict_alone(ae: Any) -> None:
     state = AEEmbeddingHead.from_autoencoder(ae, 4).state_dict()
     del state["pretrained"]
     names = list(state)
@@ -422,7 +428,7 @@ def test_loading_leaves_the_callers_state_dict_alone(ae: Autoencoder) -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_keep_readiness_and_weights(
-    ae: Autoencoder, duplicate: Callable[[nn.Module], nn.Module]
+    ae: Any, duplicate: Callable[[nn.Module], nn.Module]
 ) -> None:
     ready = AEEmbeddingHead.from_autoencoder(ae, 4)
     twin = duplicate(ready)
@@ -447,7 +453,24 @@ def test_saved_autoencoder_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_unwritable_places_are_refused_and_nothing_is_left(ae: Autoencoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        {"config": "{}", "history": "[]"},
+        {"config": '{"input_shape": [3, 4, 4], "latent_dim": 7}', "history": "[]"},
+    ],
+)
+def test_file_whose_description_is_damaged_is_refused(
+    ae: Any, tmp_path: Path, about: dict[str, str]
+) -> None:
+    about = {"format": "headplug.autoencoder", **about}
+    save_file(ae.state_dict(), tmp_path / "ae.safetensors", metadata=about)
+    with pytest.raises(CheckpointError, match=r"ae\.safetensors"):
+        Autoencoder.load(tmp_path / "ae.safetensors")
+
+
+def test_unwritable_places_are_refused_and_nothing_is_left(ae: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     for path in (tmp_path / "file" / "ae.safetensors", Path("/proc/nonexistent/ae.safetensors")):
         with pytest.raises(RunError, match="cannot write"):
@@ -560,6 +583,10 @@ def test_palette_pictures_are_read_as_colours_or_refused() -> None:
         ([(torch.rand(3, 4, 4), 0), (torch.rand(1, 4, 4), 1)], "2 shapes"),
         ([{"image": torch.rand(3, 4, 4), "label": 0}] * 20, "dict"),
         (["cat.png"] * 20, "str"),
+        (
+            torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(20, 4))),
+            "DataLoader",
+        ),
     ],
 )
 def test_images_that_cannot_be_used_are_refused(images: Any, says: str) -> None:
@@ -605,10 +632,10 @@ def test_result_is_in_eval_mode_and_the_callers_images_are_untouched() -> None:
 
 def test_seed_alone_decides_the_result_and_global_random_state_is_untouched() -> None:
     torch.manual_seed(0)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
     first = fit(pixels(), seed=3)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], before[1])
     torch.manual_seed(99)
     assert same(fit(pixels(), seed=3), first)
     assert not same(fit(pixels(), seed=4), first)
@@ -741,7 +768,7 @@ def test_state_of_another_run_is_refused(tmp_path: Path, changed: dict[str, Any]
     assert state.read_bytes() == content
 
 
-def test_file_that_is_no_state_is_refused_and_kept(ae: Autoencoder, tmp_path: Path) -> None:
+def test_file_that_is_no_state_is_refused_and_kept(ae: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     for content in (ae.state_dict(), [1, 2], torch.rand(3)):
         torch.save(content, path)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,16 @@ PARAMETERS = [  # pythae's names, in the order of its forward pass
 ]
 
 
-def reference_ae(pixels: int, latent: int, hidden: int) -> nn.Module:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers this small are only slowed down by threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def reference_ae(pixels: int, latent: int, hidden: int) -> Any:
     """The paper's autoencoder on flat images, with default initialisation, in forward order."""
 
     def block(fan_in: int, fan_out: int, act: nn.Module) -> nn.Sequential:
@@ -48,12 +58,12 @@ def reference_ae(pixels: int, latent: int, hidden: int) -> nn.Module:
     return nn.ModuleDict({"encoder": encoder, "decoder": decoder})
 
 
-def reference_forward(ae: nn.Module, x: Tensor) -> Tensor:
+def reference_forward(ae: Any, x: Tensor) -> Any:
     latent = ae["encoder"].embedding(ae["encoder"].layers[0](x.flatten(1)))
     return ae["decoder"].layers[1](ae["decoder"].layers[0](latent)).reshape(x.shape)
 
 
-def loaded(state: dict[str, Tensor], pixels: int, latent: int, hidden: int) -> nn.Module:
+def loaded(state: dict[str, Tensor], pixels: int, latent: int, hidden: int) -> Any:
     ae = reference_ae(pixels, latent, hidden)
     ae.load_state_dict(state)
     return ae
@@ -97,7 +107,7 @@ def numpy_state(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: value.double().numpy() for name, value in state.items()}
 
 
-def fit(images: Tensor, latent: int, hidden: int, **options: object) -> Autoencoder:
+def fit(images: Tensor, latent: int, hidden: int, **options: Any) -> Autoencoder:
     return pretrain_autoencoder(
         images, latent, hidden, device="cpu", show_progress=False, **options
     )
@@ -204,7 +214,7 @@ def test_one_split_and_one_order_an_epoch_explain_two_epochs_on_different_images
     second = fit(images, 2, 3, epochs=2, **options)
     assert second.history[1]["val_loss"] < second.history[0]["val_loss"]  # so epoch 2 was kept
 
-    def walked(orders: list[tuple[int, ...]]) -> dict[str, Tensor]:
+    def walked(orders: list[tuple[int, ...]]) -> Any:
         ae = loaded(initial, 6, 2, 3)
         adam = torch.optim.Adam(ae.parameters(), lr=0.01)
         for i in itertools.chain(*orders):
@@ -228,7 +238,7 @@ def test_the_learning_rate_halves_after_ten_epochs_without_progress() -> None:
     images = same_images()
     initial = start(images, 3, 8)
 
-    def reference(patience: int) -> dict[str, Tensor]:
+    def reference(patience: int) -> Any:
         ae = loaded(initial, 12, 3, 8)
         adam = torch.optim.Adam(ae.parameters(), lr=1e-6)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, factor=0.5, patience=patience)
@@ -290,7 +300,7 @@ def test_digits_train_as_in_a_plain_loop_with_the_same_order() -> None:
 
 # --- the head ---------------------------------------------------------------------------------
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2,
@@ -299,16 +309,16 @@ ACTIVATIONS = {
 }
 
 
-def head_and_embedding(freeze: bool, activation: str = "tanh") -> tuple[AEEmbeddingHead, nn.Linear]:
+def head_and_embedding(freeze: bool, activation: str = "tanh") -> tuple[Any, Any]:
     torch.manual_seed(0)
     ae = Autoencoder((3, 4, 4), latent_dim=6, hidden_dim=10)
     head = AEEmbeddingHead.from_autoencoder(ae, output_dim=4, activation=activation, freeze=freeze)
     return head, ae.encoder.embedding
 
 
-def embedding_of(head: AEEmbeddingHead) -> OrderedDict[str, Tensor]:
+def embedding_of(head: AEEmbeddingHead) -> dict[str, Tensor]:
     state = head.state_dict()
-    return OrderedDict((k, state[f"layers.embedding.{k}"].clone()) for k in ("weight", "bias"))
+    return {k: state[f"layers.embedding.{k}"].clone() for k in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -357,6 +367,7 @@ def test_gradient_reaches_the_input_through_a_frozen_embedding() -> None:
     head, embedding = head_and_embedding(freeze=True)
     x = torch.randn(8, 10, requires_grad=True)
     head(x).square().sum().backward()
+    assert x.grad is not None
     first, last = numpy_state(embedding.state_dict()), numpy_state(head.layers.output.state_dict())
     hidden = np.tanh(x.detach().double().numpy() @ first["weight"].T + first["bias"])
     z = hidden @ last["weight"].T + last["bias"]

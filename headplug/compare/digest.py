@@ -32,7 +32,9 @@ def answer(results: Results) -> list[str]:
     if not best:
         return ["No head finished, so there is nothing to compare."]
     head = best["head"]
-    score = f"{best['accuracy']:.1%} accuracy (interval {best['low']:.1%} to {best['high']:.1%})"
+    score = (
+        f"{best['accuracy']:.1%} accuracy (95% interval {best['low']:.1%} to {best['high']:.1%})"
+    )
     where = f"`{best['tap']}`: {score} with a {best['probe']} probe"
     lead = f"Use the head `{head}` and read features at {where}."
     if head == default:
@@ -56,25 +58,24 @@ def answer(results: Results) -> list[str]:
         else:
             lead = f"No clear difference. The head that came first is `{head}`, read at {where}."
             verdict = f"That is {against}: the interval includes 0, so no gain is shown."
-    sentences = [lead, verdict]
     gap = _of_head(results, head).get("gap")
+    layers = []
     if gap:
         zero = "includes" if gap["low"] <= 0 <= gap["high"] else "excludes"
-        sentences.append(
+        layers = [
             f"With this head, `pre_projection` scores {_points(gap)} against `projection`: the "
             f"interval {zero} 0."
-        )
+        ]
+    basis = f"Measured on {results['data']['test']:,} test images"
     if best.get("selected_on"):
-        sentences.append(f"Selected on: {best['selected_on']}.")
-    sentences.append(f"Accuracies are on {results['data']['test']:,} test images.")
+        basis += f"; head and layer selected on: {best['selected_on']}"
+    trust = f"Means over {len(results['seeds'])} seeds."
     if len(results["seeds"]) == 1:
-        sentences.append(
+        trust = (
             "One seed: the intervals cover the choice of test images, not training luck. Repeat "
             "with more seeds before you rely on a small difference."
         )
-    else:
-        sentences.append(f"Means over {len(results['seeds'])} seeds.")
-    return sentences
+    return [lead, verdict, *layers, f"{basis}.", trust]
 
 
 def results_table(results: Results) -> str:
@@ -90,14 +91,12 @@ def results_table(results: Results) -> str:
     Raises:
         DataError: The results have another schema.
     """
-    columns, rows = head_table(results)
-    first = _text(columns[:6], [row[:6] for row in rows])
-    second = _text([columns[0], *columns[6:]], [[row[0], *row[6:]] for row in rows])
-    return f"Accuracies in per cent, mean over seeds, interval in brackets.\n\n{first}\n\n{second}"
+    tables = "\n\n".join(_text(*table) for table in head_tables(results))
+    return f"Accuracies in per cent, mean over seeds, 95% interval in brackets.\n\n{tables}"
 
 
-def head_table(results: Results) -> Table:
-    """The comparison as cells: one row per head, best first.
+def head_tables(results: Results) -> tuple[Table, Table]:
+    """Accuracy before and after each head; its best layer and its costs. The best head first.
 
     Raises:
         DataError: The results have another schema.
@@ -112,11 +111,8 @@ def head_table(results: Results) -> Table:
         ("head parameters", "frozen"): ("head_params_frozen", 0),
         ("head step", "ms"): ("head_step_ms", 2),
     }
-    columns = [("", "head")]
-    columns += [(tap, name) for tap in ("pre_projection", "projection") for name in (probe, other)]
-    columns += [("before - after", "points")]
-    columns += [("best layer", label) for label in ("tap", probe, other)]
-    rows = []
+    first = [(tap, name) for tap in ("pre_projection", "projection") for name in (probe, other)]
+    accuracies, layers = [], []
     for head in ranked(results):
         runs = [run for run in results["runs"] if run["head"] == head]
         best = _of_head(results, head)
@@ -131,19 +127,18 @@ def head_table(results: Results) -> Table:
         notes = ["default"] if head == summary.get("default_head") else []
         if len(runs) < len(results["seeds"]):
             notes.append(f"{len(runs)} of {len(results['seeds'])} seeds")
+        name = f"{head} ({', '.join(notes)})" if notes else head
         gap = best.get("gap") or {}
-        rows.append(
-            [
-                f"{head} ({', '.join(notes)})" if notes else head,
-                *(at(tap, name) for tap, name in columns[1:5]),
-                score({**gap, "accuracy": gap.get("mean")}, form="+.1f"),
-                best.get("tap", "-"),
-                score(best),
-                at(best.get("tap"), other),
-                *(number(mean(run.get(k) for run in runs), n) for k, n in costs.values()),
-            ]
-        )
-    return [*columns, *costs], rows
+        difference = score({**gap, "accuracy": gap.get("mean")}, form="+.1f")
+        accuracies.append([name, *(at(*point) for point in first), difference])
+        spent = [number(mean(run.get(key) for run in runs), n) for key, n in costs.values()]
+        tap = best.get("tap")
+        layers.append([name, tap or "-", score(best), at(tap, other), *spent])
+    second = [("best layer", label) for label in ("tap", probe, other)]
+    return (
+        ([("", "head"), *first, ("before - after", "points")], accuracies),
+        ([("", "head"), *second, *costs], layers),
+    )
 
 
 def ranked(results: Results) -> list[str]:
@@ -153,7 +148,7 @@ def ranked(results: Results) -> list[str]:
 
 
 def score(row: Mapping[str, Any], form: str = ".1f") -> str:
-    """A share in per cent, with its interval where there is one.
+    """A share in per cent, with its 95% interval where there is one.
 
     >>> score({"accuracy": 0.95, "low": 0.93, "high": 0.97}), score({"accuracy": 0.5}), score({})
     ('95.0 [93.0, 97.0]', '50.0', '-')
@@ -195,7 +190,7 @@ def _of_head(results: Results, head: str) -> Mapping[str, Any]:
 
 def _points(gap: Mapping[str, float]) -> str:
     mid, low, high = (100 * gap[key] for key in ("mean", "low", "high"))
-    return f"{mid:+.1f} points (interval {low:+.1f} to {high:+.1f})"
+    return f"{mid:+.1f} points (95% interval {low:+.1f} to {high:+.1f})"
 
 
 def _text(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -76,13 +76,13 @@ def depth(runs: Runs) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
     ({'pre_projection': 0.0, 'projection': 1.5}, {('a', 'projection_head.layers.0'): 0.75})
     """
     shared: dict[str, float] = {}
-    inner: dict[str, list[str]] = {}
+    inner: dict[str, dict[str, None]] = {}
     for run in runs:
         order = list(dict.fromkeys(row["tap"] for row in run["taps"]))
         inside: list[str] = []
         if "pre_projection" in order and "projection" in order:
             inside = order[order.index("pre_projection") + 1 : order.index("projection")]
-        inner[run["head"]] = inside
+        inner.setdefault(run["head"], {}).update(dict.fromkeys(inside))
         shared.update(dict.fromkeys(tap for tap in order if tap not in inside))
     stretch = 1 + min(max(map(len, inner.values()), default=0), 4) / 2
     x = 0.0
@@ -107,6 +107,26 @@ def mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(finite)) if finite else None
 
 
+def drawn(runs: Runs, look: Mapping[str, Look]) -> Iterator[tuple[str, str]]:
+    """The caption and the SVG of every figure that the runs have numbers for."""
+    present = {row["probe"] for run in runs for row in run["taps"]}
+    for probe in [probe for probe in ("linear", "knn") if probe in present] or sorted(present):
+        text = (
+            f"Accuracy of the {probe} probe at every layer, from the input to the projection. Mean "
+            f"over seeds; the bars are the interval over test images."
+        )
+        yield text, accuracy_by_depth(runs, probe, look)
+    if any(s.get("singular_values") for run in runs for s in run.get("spectra") or ()):
+        text = (
+            "Feature spectrum: solid before the head (pre_projection), dashed after it "
+            "(projection). A curve that falls early means features in few directions."
+        )
+        yield text, spectrum(runs, look)
+    if any(run.get("losses") for run in runs):
+        text = "Training loss, one line per run. Losses of different heads do not compare."
+        yield text, losses(runs, look)
+
+
 def accuracy_by_depth(runs: Runs, probe: str, look: Mapping[str, Look]) -> str:
     """Accuracy in per cent of one probe at every tap, the mean over seeds; one line per head."""
     shared, inside = depth(runs)
@@ -115,7 +135,8 @@ def accuracy_by_depth(runs: Runs, probe: str, look: Mapping[str, Look]) -> str:
         for head, of_head in _by_head(runs, look):
             rows: dict[float, list[Mapping[str, Any]]] = {}
             for row in (row for run in of_head for row in run["taps"] if row["probe"] == probe):
-                x = inside.get((head, row["tap"]), shared.get(row["tap"], 0.0))
+                place = (head, row["tap"])
+                x = inside[place] if place in inside else shared[row["tap"]]
                 rows.setdefault(x, []).append(row)
             xs = sorted(rows)
             at, low, high = (
@@ -159,6 +180,7 @@ def spectrum(runs: Runs, look: Mapping[str, Look]) -> str:
                     line = _line(head, look) | {"linestyle": dash, "markevery": max(1, length // 6)}
                     ax.plot(np.arange(1, length + 1), curve, **line)
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set_xlabel("index of the singular value")
         ax.set_ylabel("size, largest = 1")
 
@@ -178,7 +200,7 @@ def losses(runs: Runs, look: Mapping[str, Look]) -> str:
         ax.set_xlabel("epoch")
         ax.set_ylabel("training loss")
 
-    return _svg(draw, "Training loss by epoch", height=2.5)
+    return _svg(draw, "Training loss by epoch", height=2.3)
 
 
 def _by_head(runs: Runs, look: Mapping[str, Look]) -> list[tuple[str, Runs]]:
@@ -198,7 +220,7 @@ def _array(values: Iterable[float | None]) -> Any:
     return np.array(list(values), dtype=float)  # None becomes nan
 
 
-def _svg(draw: Callable[[Any], None], label: str, height: float = 3.4) -> str:
+def _svg(draw: Callable[[Any], None], label: str, height: float = 3.2) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -219,7 +241,7 @@ def _svg(draw: Callable[[Any], None], label: str, height: float = 3.4) -> str:
     }
     file = io.StringIO()
     with rc_context(settings):
-        figure = Figure(figsize=(5.6, height), layout="constrained")
+        figure = Figure(figsize=(5.0, height), layout="constrained")
         draw(figure.subplots())
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)

@@ -20,7 +20,7 @@ from headplug.compare.digest import (
     Results,
     Table,
     answer,
-    head_table,
+    head_tables,
     number,
     ranked,
     results_table,
@@ -57,25 +57,24 @@ def _page(results: Results) -> str:
     subject = [str(config[key]) for key in ("data", "backbone", "recipe") if config.get(key)]
     seeds = len(results["seeds"])
     subject.append(f"{seeds} seed{'s' * (seeds != 1)}")
-    columns = {
+    parts = {
         "palette": "".join(f"--c{i}:{light};" for i, (light, _) in enumerate(figures.COLOURS)),
         "dark_palette": "".join(f"--c{i}:{dark};" for i, (_, dark) in enumerate(figures.COLOURS)),
         "subject": escape(" · ".join(subject)),
         "lead": _prose(lead),
         "more": "".join(f"<p>{_prose(sentence)}</p>" for sentence in more),
         "failed": _failed(results.get("failed") or ()),
-        "heads": _table(
-            "Every head, best first. Accuracies in per cent on the test images, mean over seeds, "
-            "interval in brackets.",
-            head_table(results),
-        )
-        if results["runs"]
-        else "",
-        "figures": _figures(results) if results["runs"] else "",
-        "details": _details(results),
         "made": _made(results),
+        "numbers": "",
     }
-    return Template(_TEMPLATE).substitute(columns)
+    if results["runs"]:
+        parts["numbers"] = (
+            f"<section><h2>Head by head</h2>"
+            f"{''.join(map(_table, _CAPTIONS, head_tables(results)))}</section>"
+            f"<section><h2>Layer by layer</h2>{_figures(results)}</section>"
+            f"<section><h2>All numbers</h2>{_details(results)}</section>"
+        )
+    return Template(_TEMPLATE).substitute(parts)
 
 
 def _failed(failed: Iterable[Mapping[str, Any]]) -> str:
@@ -87,7 +86,7 @@ def _failed(failed: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _figures(results: Results) -> str:
-    runs, default = results["runs"], results["summary"].get("default_head")
+    runs, default = results["runs"], (results.get("summary") or {}).get("default_head")
     look = figures.looks(ranked(results), default)
     keys = [
         f'<li><i style="color:var(--c{i})">{glyph}</i> {_name(head)}</li>'
@@ -96,39 +95,17 @@ def _figures(results: Results) -> str:
     others = len(ranked(results)) - len(look)
     if others:
         keys.append(f'<li><i style="color:var(--grey)">—</i> {others} others, in the tables</li>')
-    present = {row["probe"] for run in runs for row in run["taps"]}
-    probes = [probe for probe in ("linear", "knn") if probe in present] or sorted(present)
-    parts = [
-        (
-            f"{probe} probe: accuracy at every layer, from the input to the projection. Mean over "
-            f"seeds; bars are the test-image interval.",
-            figures.accuracy_by_depth(runs, probe, look),
-        )
-        for probe in probes
-    ]
-    if any(s.get("singular_values") for run in runs for s in run.get("spectra") or ()):
-        text = (
-            "Feature spectrum: <b>solid</b> before the head (pre_projection), <b>dashed</b> after "
-            "it (projection). A curve that falls early means features in few directions."
-        )
-        parts.append((text, figures.spectrum(runs, look)))
-    if any(run.get("losses") for run in runs):
-        text = "Training loss, one line per run. Losses of different heads do not compare."
-        parts.append((text, figures.losses(runs, look)))
-    drawn = "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for text, svg in parts)
-    return (
-        f"<section><h2>Layer by layer</h2><ul class=legend>{''.join(keys)}</ul>"
-        f"<div class=figures>{drawn}</div></section>"
+    drawn = "".join(
+        f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+        for caption, svg in figures.drawn(runs, look)
     )
+    return f'<ul class="legend">{"".join(keys)}</ul><div class="figures">{drawn}</div>'
 
 
 def _details(results: Results) -> str:
     """The full tables, folded away."""
-    tables: dict[str, list[dict[str, str]]] = {
-        "Every measurement": [],
-        "Rank of the features": [],
-        "Every run": [],
-    }
+    titles = ("Every measurement", "Rank of the features", "Every run")
+    tables: dict[str, list[dict[str, str]]] = {title: [] for title in titles}
     measured, ranks, ran = tables.values()
     for run in results["runs"]:
         which = {"head": run["head"], "seed": str(run["seed"])}
@@ -176,11 +153,9 @@ def _made(results: Results) -> str:
     best = (results.get("summary") or {}).get("best") or {}
     gain = (results.get("summary") or {}).get("gain") or {}
     about = {
-        "command": results.get("command"),
-        "created": results.get("created"),
-        "seeds": results["seeds"],
-        "heads and layers selected on": best.get("selected_on"),
-        "interval of the gain": gain.get("method"),
+        **{key: results.get(key) for key in ("command", "created", "seeds")},
+        "selected on": best.get("selected_on"),
+        "gain's interval": gain.get("method"),
     }
     parts = {
         "This run": {key: value for key, value in about.items() if value is not None},
@@ -202,7 +177,7 @@ def _made(results: Results) -> str:
 def _table(caption: str, table: Table) -> str:
     """A table that scrolls sideways in its own box; its first column is the row's heading."""
     columns, rows = table
-    numeric = [all(re.match(r"[-+]?\d|-$", row[i]) for row in rows) for i in range(len(columns))]
+    numeric = (all(re.fullmatch(r"[\d.,]+|-", cell) for cell in c) for c in zip(*rows, strict=True))
     side = [' class="n"' if is_number else "" for is_number in numeric]
     groups = [(group, len(list(own))) for group, own in groupby(columns, key=lambda c: c[0])]
     top = "".join(f'<th colspan="{n}" scope="colgroup">{escape(g)}</th>' for g, n in groups)
@@ -230,7 +205,7 @@ def _cell(text: str) -> str:
 
 def _name(text: str) -> str:
     """A head's name, which may break after its punctuation."""
-    return re.sub(r"([\[,._=])", r"\1<wbr>", escape(text))
+    return re.sub(r"([\[,])", r"\1<wbr>", escape(text))
 
 
 def _prose(sentence: str) -> str:
@@ -245,6 +220,11 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
+_CAPTIONS = (
+    "Before and after the head. Accuracies in per cent on the test images, mean over seeds, with "
+    "their 95% interval in brackets; best head first.",
+    "The best layer of each head, and what the head costs.",
+)
 _TEMPLATE = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -277,7 +257,7 @@ border-radius:8px}
 .failed{border-left:5px solid var(--bad);padding:1rem 1.4rem;margin-top:1rem}
 .failed h2{margin:0;color:var(--bad);font-size:1rem}
 .failed ul{margin:.4rem 0 0;padding-left:1.1rem;overflow-wrap:anywhere}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;margin-bottom:1rem}
 table{border-collapse:collapse;font-size:.875rem;min-width:100%;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.8rem .9rem .3rem}
 caption span{display:block;position:sticky;left:.9rem;width:min(62rem,calc(100vw - 5rem))}
@@ -286,7 +266,7 @@ thead th{font-weight:600;color:var(--soft)}
 thead tr:last-child th{border-bottom:1px solid var(--rule)}
 .groups th{padding-bottom:0;color:var(--ink)}
 tbody tr+tr>*{border-top:1px solid var(--rule)}
-th[scope=row]{font-weight:600;white-space:normal;min-width:8.5rem;position:sticky;left:0;
+th[scope=row]{font-weight:600;white-space:normal;min-width:min(15rem,36vw);position:sticky;left:0;
 background:var(--card)}
 .n{text-align:right}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1.4rem;list-style:none;margin:0 0 .8rem;padding:0;
@@ -310,9 +290,7 @@ dd{margin:0;overflow-wrap:anywhere}
 <header><h1>Which projection head, and which layer?</h1><p class="subject">$subject</p></header>
 <section class="answer"><p class="lead">$lead</p>$more</section>
 $failed
-<section><h2>Head by head</h2>$heads</section>
-$figures
-<section><h2>All numbers</h2>$details</section>
+$numbers
 <section><h2>How it was made</h2><div class="made">$made</div></section>
 </main>
 </body>

@@ -1,56 +1,58 @@
 """Where images come from: one split, with its labels known and its images not yet decoded.
 
-A source opens an image by row, or streams the images of ascending rows in order; the second needs no
-more memory than what is being read. Whatever cannot be used is refused with a message that says what
-was found.
+A source opens an image by row, or streams the images of ascending rows in order; the second needs
+no more memory than what is being read. Labels that cannot be used are refused with what was found.
 """
 
 from __future__ import annotations
 
-import io
-import json
+import hashlib
 import os
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headplug.errors import DataError, unknown
+from headplug.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SPLITS = {"train": ("train", "trainval"), "test": ("test", "val", "validation", "valid")}
-"""The names that a split goes by, best first."""
-SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-CACHE = "~/.cache/headplug/torchvision"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Source:
     """One split before decoding.
 
-    Attributes:
+    Args:
         title: What to call it in messages.
-        labels: As the data has them: int64, `(N,)`.
+        labels: As the data has them, `(N,)`.
         names: The name of each label.
-        contents: Lines that change when the data changes; they identify it.
-        random_access: Whether `open` works.
+        contents: Lines that change when the data changes and not with its place; else the title.
+
+    Raises:
+        DataError: The labels are not integers of at least 0.
     """
 
     random_access = True
+    """Whether `open` works; if not, only `stream` does."""
 
     def __init__(
-        self, title: str, labels: Any, names: dict[int, str], contents: Iterable[str] = ()
+        self,
+        title: str,
+        labels: Any,
+        names: dict[int, str],
+        contents: Iterable[str] | None = None,
     ) -> None:
         self.title = title
-        self.labels = _checked(np.asarray(labels), title)
+        self.labels = integer_labels(labels, title)
         self.names = names
-        self.contents = list(contents)
+        digest = hashlib.sha256()
+        for line in [title] if contents is None else contents:
+            digest.update(f"{line}\n".encode(errors="surrogateescape"))
+        self.identity = digest.hexdigest()
 
     def open(self, row: int) -> Image:
         """The image of a row, perhaps not yet decoded."""
@@ -96,12 +98,10 @@ class FolderSource(Source):
         names = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
         self._paths: list[str] = []
         labels: list[int] = []
-        contents: list[str] = []
         for label, name in enumerate(names):
-            for path in _image_files(root / name):
-                self._paths.append(path)
-                labels.append(label)
-                contents.append(f"{os.path.relpath(path, root)} {os.path.getsize(path)}")
+            self._paths += _image_files(root / name)
+            labels += [label] * (len(self._paths) - len(labels))
+        contents = (f"{os.path.relpath(path, root)} {_size(path)}" for path in self._paths)
         super().__init__(str(root), np.array(labels, int), dict(enumerate(names)), contents)
 
     def open(self, row: int) -> Image:
@@ -115,177 +115,39 @@ class FolderSource(Source):
         return self._paths[row]
 
 
-class ParquetSource(Source):
-    """Encoded images in Hugging Face's parquet layout, read row group by row group.
-
-    Args:
-        title: What to call them.
-        files: The shards, in order.
-    """
-
-    random_access = False
-    images = ("image", "img")
-    targets = ("label", "fine_label")
-
-    def __init__(self, title: str, files: list[Path]) -> None:
-        self._files = files
-        labels, names = [], {}
-        for file in files:
-            with _parquet(file) as parquet:
-                schema = parquet.schema_arrow
-                self._image = self._column(file, schema, self.images, ".bytes")
-                target = self._column(file, schema, self.targets)
-                column = parquet.read([target])[target]
-            if column.null_count:
-                raise DataError(f"{file}: {column.null_count} rows have no {target}. Remove them.")
-            labels.append(_checked(column.to_numpy(), f"column {target!r} of {file}"))
-            names.update(_class_names(schema, target))
-        self._starts = np.cumsum([0, *map(len, labels)])
-        joined = np.concatenate(labels)
-        names = {int(i): names.get(int(i), str(i)) for i in np.unique(joined)}
-        super().__init__(title, joined, names, (f"{f.name} {f.stat().st_size}" for f in files))
-
-    def stream(self, rows: np.ndarray) -> Iterator[Callable[[], Image]]:
-        """For each of the ascending rows, a function that opens its image.
-
-        Raises:
-            DataError: A file is damaged.
-        """
-        for file, start in zip(self._files, self._starts, strict=False):
-            with _parquet(file) as parquet:
-                for group in range(parquet.num_row_groups):
-                    stop = start + parquet.metadata.row_group(group).num_rows
-                    if len(_between(rows, start, stop)):
-                        options = {"row_groups": [group], "columns": [self._image]}
-                        at = start
-                        for batch in parquet.iter_batches(batch_size=256, **options):
-                            for encoded in _encoded(
-                                batch, _between(rows, at, at + len(batch)) - at
-                            ):
-                                yield partial(_open_bytes, encoded)
-                            at += len(batch)
-                    start = stop
-
-    def where(self, row: int) -> str:
-        """File and row within it."""
-        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return f"{self._files[shard]} row {row - self._starts[shard]}"
-
-    @staticmethod
-    def _column(file: Path, schema: Any, names: tuple[str, ...], part: str = "") -> str:
-        """The first of the names that the file has, with its `part` as a field or in the name."""
-        for name in names:
-            if name + part in schema.names:
-                return name + part
-            if part and name in schema.names:
-                kind = schema.field(name).type
-                if part[1:] in {kind.field(i).name for i in range(kind.num_fields)}:
-                    return name + part
-        raise DataError(
-            f"{file} has no column {' or '.join(repr(n + part) for n in names)}; "
-            f"it has: {', '.join(f'{field.name} ({field.type})' for field in schema)}."
-        )
-
-
-class TorchvisionSource(Source):
-    """A split of a torchvision data set.
-
-    Args:
-        title: What to call it.
-        dataset: Gives pairs of a PIL image and an integer.
-    """
-
-    def __init__(self, title: str, dataset: Any) -> None:
-        from PIL.Image import Image
-
-        first, label = dataset[0] if len(dataset) else (None, None)
-        if first is not None and not (isinstance(first, Image) and np.ndim(label) == 0):
-            raise DataError(
-                f"{title} gives pairs of {type(first).__name__} and {type(label).__name__}; images "
-                "with one class each are needed. Choose a classification data set."
-            )
-        kept = (getattr(dataset, name, None) for name in ("targets", "labels", "_labels"))
-        labels = next((np.asarray(k) for k in kept if np.shape(k) == (len(dataset),)), None)
-        if labels is None or (len(dataset) and labels[0] != label):
-            labels = np.asarray([dataset[i][1] for i in range(len(dataset))])
-        classes = getattr(dataset, "classes", ())
-        names = {int(i): str(i) for i in np.unique(labels)} if labels.dtype.kind in "iu" else {}
-        if len(classes) > max(names, default=0):
-            names = {i: c if isinstance(c, str) else str(c[0]) for i, c in enumerate(classes)}
-        super().__init__(title, labels, names, [type(dataset).__name__])
-        self._dataset = dataset
-
-    def open(self, row: int) -> Image:
-        """The image of a row."""
-        image: Image = self._dataset[row][0]
-        return image
-
-
 def digits() -> dict[str, Source]:
-    """scikit-learn's digits, 1,437 to train and 360 to test, stratified; the split is fixed."""
+    """scikit-learn's digits, 1,437 to train and 360 to test; the stratified split is fixed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
     images = np.round(data.images * (255 / 16)).astype(np.uint8)
-    split = train_test_split(
-        np.arange(len(images)), test_size=0.2, stratify=data.target, random_state=0
-    )
+    rows = np.arange(len(images))
+    train, test = train_test_split(rows, test_size=0.2, stratify=data.target, random_state=0)
     return {
         name: ArraySource(f"digits {name}", images[rows], data.target[rows])
-        for name, rows in zip(("train", "test"), map(np.sort, split), strict=True)
+        for name, rows in {"train": np.sort(train), "test": np.sort(test)}.items()
     }
 
 
-def torchvision(name: str, hint: str) -> dict[str, Source]:
-    """Both splits of a torchvision data set, downloaded to `~/.cache/headplug` if need be.
+def integer_labels(labels: Any, where: str) -> np.ndarray:
+    """The labels as int64.
 
     Raises:
-        UnknownNameError: torchvision has no such data set with a train and a test split.
-        DataError: It cannot be downloaded, or is not one of images with a class each.
+        DataError: They are not integers of at least 0.
     """
-    from inspect import isclass, signature
-
-    from torchvision import datasets
-
-    options = {
-        key: signature(kind).parameters
-        for key, kind in vars(datasets).items()
-        if isclass(kind) and issubclass(kind, datasets.VisionDataset)
-    }
-    known = [key for key, taken in options.items() if {"train", "split"} & set(taken)]
-    if name not in known:
-        raise unknown("torchvision data set with train and test", name, known, hint)
-    root = Path(CACHE).expanduser()
-    download = {"download": True} if "download" in options[name] else {}
-    splits: dict[str, Source] = {}
-    for split, values in SPLITS.items():
-        choices: list[dict[str, Any]] = [{"split": value} for value in values]
-        if "train" in options[name]:
-            choices = [{"train": split == "train"}]
-        build = partial(getattr(datasets, name), root, **download)
-        splits[split] = TorchvisionSource(f"{name} {split}", _first_valid(name, build, choices))
-    return splits
-
-
-def _first_valid(name: str, build: Callable[..., Any], choices: list[dict[str, Any]]) -> Any:
-    """The data set with the first choice of options that it accepts (it rejects by ValueError)."""
-    failure: Exception | None = None
-    root = Path(CACHE).expanduser()
-    for choice in choices:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with redirect_stdout(sys.stderr):  # torchvision prints; stdout is for results
-                return build(**choice)
-        except ValueError as error:
-            failure = error
-        except Exception as error:
-            failure = error
-            break
-    raise DataError(
-        f"torchvision cannot provide {name} ({_short(failure)}). It needs the network the first time; "
-        f"without one, copy its files to {root} from a machine that has them, or give a folder."
-    ) from failure
+    array = np.asarray(labels)
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
+        raise DataError(
+            f"the labels of {where} are not integers but {array.dtype} of shape {array.shape}, "
+            f"e.g. {array.ravel()[:1].tolist()[0]!r}. Give each image one class index."
+        )
+    if array.size and array.min() < 0:
+        raise DataError(
+            f"{int((array < 0).sum())} labels of {where} are negative, the first at row "
+            f"{int((array < 0).argmax())}: images without a class. Choose a labelled split."
+        )
+    return array.astype(np.int64)
 
 
 def _image_files(folder: Path) -> Iterator[str]:
@@ -296,26 +158,9 @@ def _image_files(folder: Path) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def shards(folder: Path, name: str) -> list[Path]:
-    """The parquet files of a split: `name.parquet`, or else all `name-*.parquet`.
-
-    Raises:
-        DataError: Some of `name-00000-of-00005.parquet` and so on are missing.
-    """
-    whole = folder / f"{name}.parquet"
-    files = [whole] if whole.is_file() else sorted(folder.glob(f"{name}-*.parquet"))
-    numbered = [re.search(r"-of-(\d+)$", file.stem) for file in files]
-    promised = max((int(match[1]) for match in numbered if match), default=0)
-    if len(files) < promised:
-        raise DataError(
-            f"{folder} holds {len(files)} of {promised} {name} files; fetch the others."
-        )
-    return files
-
-
-def _parquet(file: Path) -> Any:
-    return _Parquet(file)
-
-
-def _between(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return rows[slice(*np.searchsorted(rows, [start, stop]))]
+def _size(path: str) -> int:
+    """Bytes, or -1 for a link to nowhere, which is reported as unreadable later."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1

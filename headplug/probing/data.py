@@ -21,7 +21,8 @@ def check_features(features: Tensor) -> Tensor:
     """
     if features.ndim != 2 or not features.numel():
         raise DataError(
-            f"features must have shape (N, D), not {tuple(features.shape)}; pool or flatten them first."
+            f"features must have shape (N, D), not {tuple(features.shape)}; pool or flatten them "
+            "first."
         )
     features = features.detach()
     if not features.is_floating_point():
@@ -49,8 +50,8 @@ def check_labels(labels: Tensor, count: int, num_classes: int | None = None) -> 
     """
     if labels.ndim != 1 or len(labels) != count:
         raise DataError(
-            f"there are {count} samples and labels of shape {tuple(labels.shape)}; give one label a "
-            "sample."
+            f"there are {count} samples and labels of shape {tuple(labels.shape)}; give one label "
+            "a sample."
         )
     if labels.is_floating_point() or labels.is_complex():
         raise DataError(f"labels must be integers, not {labels.dtype}; use labels.long().")
@@ -66,7 +67,7 @@ def check_labels(labels: Tensor, count: int, num_classes: int | None = None) -> 
 
 def chunks(features: Tensor) -> tuple[Tensor, ...]:
     """The rows in blocks small enough to convert to float64 one after another."""
-    return features.split(max(1, CHUNK // features.shape[1]))
+    return torch.split(features, max(1, CHUNK // features.shape[1]))
 
 
 def mean_and_std(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """k-nearest-neighbour classification for a whole grid of settings at the price of one.
 
-Finding the neighbours is nearly all of the work, so each distance is searched once, for the largest
-k, and every k, temperature and vote rule reads the same list. Memory stays bounded whatever the size
-of bank and queries, in blocks thick enough to keep the matrix product fast.
+Finding the neighbours is nearly all of the work, so each distance is searched once, for the
+largest k, and every k, temperature and vote rule reads the same list. Memory stays bounded whatever
+the size of bank and queries, in blocks thick enough to keep the matrix product fast.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class KNNSetting(NamedTuple):
         k: Number of neighbours.
         distance: "cosine" or "euclidean".
         temperature: With a number `T`, a neighbour at cosine similarity `s` weighs `exp(s / T)`
-            (arXiv 1805.01978, as lightly's `knn_predict` and solo-learn's `main_knn`). With None every
-            neighbour weighs the same, as in scikit-learn's `KNeighborsClassifier`.
+            (arXiv 1805.01978, as lightly's `knn_predict` and solo-learn's `main_knn`). With None
+            every neighbour weighs the same, as in scikit-learn's `KNeighborsClassifier`.
     """
 
     k: int
@@ -97,8 +97,8 @@ def knn_predict(
     labels, classes = check_labels(labels, len(bank), num_classes)
     if bank.shape[1] != queries.shape[1]:
         raise DimensionError(
-            f"the bank has {bank.shape[1]} features a sample and the queries have {queries.shape[1]}; "
-            "take both from the same tap."
+            f"the bank has {bank.shape[1]} features a sample and the queries "
+            f"{queries.shape[1]}; take both from the same tap."
         )
     settings = [_checked(s, len(bank)) for s in settings]
     out = torch.empty(len(settings), len(queries), dtype=torch.long, device=queries.device)
@@ -142,37 +142,32 @@ class _Votes:
 def _neighbours(
     bank: Tensor, queries: Tensor, k: int, distance: str
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For blocks of queries: their rows, and the nearness and index of their `k` nearest, in order."""
+    """For blocks of queries: their rows, and nearness and index of the `k` nearest, in order."""
     bank, queries, offset = _comparable(bank, queries, distance)
     block = max(ROWS, CELLS // min(len(bank), BANK))
     for start in range(0, len(queries), block):
         part = queries[start : start + block]
-        best: tuple[Tensor, Tensor] | None = None
+        values = part.new_empty(len(part), 0)
+        index = values.long()
         for first in range(0, len(bank), BANK):
             piece = slice(first, first + BANK)
-            near = part @ bank[piece].T if offset is None else torch.addmm(
-                offset[piece], part, bank[piece].T
-            )  # fmt: skip
-            values, index = near.topk(min(k, near.shape[1]), dim=1)
-            index += first
-            if best is not None:
-                values, index = torch.cat([best[0], values], 1), torch.cat([best[1], index], 1)
-                values, chosen = values.topk(min(k, values.shape[1]), dim=1)
-                index = index.gather(1, chosen)
-            best = values, index
-        assert best is not None
-        yield slice(start, start + len(part)), *best
+            near = torch.addmm(offset[piece], part, bank[piece].T)
+            new, where = near.topk(min(k, near.shape[1]), dim=1)
+            values, index = torch.cat([values, new], 1), torch.cat([index, where + first], 1)
+            if first:  # merge with what earlier pieces gave
+                values, best = values.topk(min(k, values.shape[1]), dim=1)
+                index = index.gather(1, best)
+        yield slice(start, start + len(part)), values, index
 
 
-def _comparable(
-    bank: Tensor, queries: Tensor, distance: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Both in float32, such that a product (plus an offset) is larger for nearer samples."""
+def _comparable(bank: Tensor, queries: Tensor, distance: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Both in float32, and an offset `(N,)`: product plus offset is larger for nearer samples."""
     # by a power of two, which is exact, so that no square leaves the range of float32
     scale = -torch.frexp(bank.abs().amax().float()).exponent
     bank, queries = (torch.ldexp(x.float(), scale) for x in (bank, queries))
     if distance == "cosine":
-        return F.normalize(bank, dim=1), F.normalize(queries, dim=1), None
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+        return bank, queries, bank.new_zeros(len(bank))
     middle = bank.mean(0)  # distances do not change, but lose fewer digits
     bank, queries = bank - middle, queries - middle
     return bank, queries, bank.square().sum(1).mul_(-0.5)
@@ -187,8 +182,8 @@ def _checked(setting: KNNSetting, size: int) -> KNNSetting:
         raise OptionError(f"temperature must be a positive number or None, not {t!r}.")
     if t is not None and setting.distance != "cosine":
         raise OptionError(
-            f"a temperature weighs cosine similarities, not {setting.distance} distances; leave it out "
-            'or take distance="cosine".'
+            f"a temperature weighs cosine similarities, not {setting.distance} distances; leave it "
+            'out or take distance="cosine".'
         )
     if setting.k > size:
         warnings.warn(

@@ -1,8 +1,8 @@
 """Every probe at every tap, with hyper-parameters chosen without a look at the test labels.
 
-Everything is checked before the first probe runs; settings are chosen on a stratified held-out part of
-the training samples, the probe is then fitted to all of them and meets the test samples once. The
-caller's random state, grad mode, default type and device stay as they are.
+Everything is checked before the first probe runs; settings are chosen on a stratified held-out part
+of the training samples, the probe is then fitted to all of them and meets the test samples once.
+The caller's random state, grad mode, default type and device stay as they are.
 """
 
 from __future__ import annotations
@@ -88,17 +88,17 @@ def probe_layers(
 ) -> LayerReport:
     """Classifies the features of every tap with every probe and reports test accuracies.
 
-    Grids: kNN with k 1 to 200 on cosine similarity (four temperatures) and Euclidean distance (equal
-    votes); linear with six learning rates and three weight decays; ridge with twelve penalties. Of
-    settings that do equally well the first in the grid is taken. A tap whose features are all the
-    same is probed like any other, with a warning: its rows show what guessing gives.
+    Grids: kNN with k 1 to 200 on cosine similarity (four temperatures) and Euclidean distance
+    (equal votes); linear with six learning rates and three weight decays; ridge with twelve
+    penalties. Of settings that do equally well the first in the grid is taken. A tap whose features
+    are all the same is probed like any other, with a warning: its rows show what guessing gives.
 
     Args:
         train: Features to fit on and to choose settings on, e.g. a `FeatureStore`.
         test: Features to report accuracies on, of the same taps.
         probes: Any of "knn", "linear", "ridge".
-        held_out: Part of each class of `train` that settings are chosen on. A class of one sample is
-            not held out; the rows' `selected_on` then says so.
+        held_out: Part of each class of `train` that settings are chosen on. A class of one sample
+            is not held out; the rows' `selected_on` then says so.
         seed: Of the part held out and of the order of training.
         device: "auto" takes a GPU where there is one.
 
@@ -190,13 +190,13 @@ def _labels(train: Features, test: Features) -> tuple[Tensor, Tensor, Tensor]:
     values, targets = given[0].unique(return_inverse=True)
     if len(values) == 1:
         raise DataError(
-            f"all training samples are of class {int(values[0])}; a probe needs two classes or more."
+            f"all training samples are of class {int(values[0])}; a probe needs two or more."
         )
     unseen = sorted(set(given[1].tolist()) - set(values.tolist()))
     if unseen:
         raise DataError(
-            f"test samples are of {len(unseen)} classes that train lacks, e.g. {unseen[:5]}; add such "
-            "samples to train or leave them out of test."
+            f"test samples are of {len(unseen)} classes that train lacks, e.g. {unseen[:5]}; add "
+            "such samples to train or leave them out of test."
         )
     return values, targets, torch.searchsorted(values, given[1])
 
@@ -208,8 +208,8 @@ def _check_taps(train: Features, test: Features, train_count: int, test_count: i
     if set(train.points) != set(test.points):
         one, other = set(train.points), set(test.points)
         raise DataError(
-            f"taps differ: only train has {sorted(one - other)}, only test has {sorted(other - one)}. "
-            "Extract both with the same `at=`."
+            f"taps differ: only train has {sorted(one - other)}, only test has "
+            f"{sorted(other - one)}. Extract both with the same `at=`."
         )
     for tap in train.points:
         widths = []
@@ -220,14 +220,14 @@ def _check_taps(train: Features, test: Features, train_count: int, test_count: i
                 raise DataError(f"tap {tap!r} of {what}: {error}") from None
             if len(features) != count:
                 raise DataError(
-                    f"tap {tap!r} of {what}: {len(features)} samples, but {count} labels; extract them "
-                    "in one pass over the same loader."
+                    f"tap {tap!r} of {what}: {len(features)} samples, but {count} labels; extract "
+                    "them in one pass over the same loader."
                 )
             widths.append(features.shape[1])
         if widths[0] != widths[1]:
             raise DataError(
-                f"tap {tap!r}: train has {widths[0]} features a sample and test has {widths[1]}; extract "
-                "both from the same model and image size."
+                f"tap {tap!r}: train has {widths[0]} features a sample and test has {widths[1]}; "
+                "extract both from the same model and image size."
             )
 
 

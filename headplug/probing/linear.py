@@ -12,10 +12,10 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headplug.errors import DimensionError, OptionError, RunError
@@ -57,8 +57,8 @@ class LinearModels:
     Attributes:
         mean: Of the training features, subtracted first `(D,)`.
         std: Of the training features, divided by next `(D,)`.
-        weight: `(D, S, C)`, for standardised features.
-        bias: `(S, C)`.
+        weight: `(D, C, S)`, for standardised features.
+        bias: `(C, S)`.
     """
 
     mean: Tensor
@@ -69,7 +69,7 @@ class LinearModels:
     @property
     def finite(self) -> Tensor:
         """Whether each setting's weights are finite numbers `(S,)`."""
-        return torch.isfinite(self.weight.sum(dim=(0, 2)) + self.bias.sum(dim=1))
+        return torch.isfinite(self.weight.sum(dim=(0, 1)) + self.bias.sum(dim=0))
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class LinearModels:
         for block in chunks(features):
             z = block.float().sub(self.mean).div_(self.std)
             scores = torch.addmm(self.bias.flatten(), z, flat).unflatten(1, self.bias.shape)
-            parts.append(scores.argmax(dim=2))
+            parts.append(scores.argmax(dim=1))
         return torch.cat(parts).T.where(self.finite[:, None], -1)
 
 
@@ -112,8 +112,8 @@ def fit_linear(
     `CosineAnnealingLR` over all steps, on features standardised by the training mean and deviation.
     Lightly's `LinearClassifier` is the same without standardisation and weight decay. Each epoch is
     one `torch.randperm` of a CPU generator with the seed, cut by `tensor_split` into the fewest
-    batches of at most `batch_size`. `max_steps` bounds the time on large data: 1500 steps of 512 are
-    15 epochs of 50,000 samples.
+    batches of at most `batch_size`. `max_steps` bounds the time on large data: 1500 steps of 512
+    are 15 epochs of 50,000 samples.
 
     Args:
         features: Training features `(N, D)`.
@@ -147,25 +147,29 @@ def fit_linear(
     count, width = features.shape
     mean, std = (t.float() for t in mean_and_std(features))
     grid = torch.tensor(list(settings), dtype=torch.float32, device=features.device)
-    lr, decay = grid.repeat_interleave(classes, dim=0).T
-    weight = features.new_zeros(width + 1, len(lr), dtype=torch.float32)  # the last row is the bias
-    velocity = torch.zeros_like(weight)
+    lr, decay = grid.repeat(classes, 1).T  # settings are innermost: softmax runs along vectors
+    both = features.new_zeros(width + 1, len(lr), dtype=torch.float32)
+    weight, bias = both[:-1], both[-1]
+    velocity = torch.zeros_like(both)
     per_epoch = math.ceil(count / batch_size)
     steps = min(epochs * per_epoch, max_steps)
-    minus_one = torch.tensor(-1.0, device=features.device)
+    minus_one = weight.new_tensor(-1.0)
 
-    for step, index in zip(range(steps), _batches(count, per_epoch, seed, features.device)):
-        z = F.pad(features[index].float().sub_(mean).div_(std), (0, 1), value=1.0)
-        scores = (z @ weight).view(len(z), len(settings), classes)
-        gradient = scores.softmax(dim=2).clamp_(min=FLOOR)
-        target = labels[index, None, None].expand(-1, len(settings), 1)
-        gradient.scatter_add_(2, target, minus_one.expand_as(target))
-        velocity.addmm_(z.T, gradient.flatten(1), beta=MOMENTUM, alpha=1 / len(z))
-        velocity.addcmul_(weight, decay)
-        weight.addcmul_(velocity, lr, value=-(1 + math.cos(math.pi * step / steps)) / 2)
+    batches = _batches(count, per_epoch, seed, features.device)
+    for step, index in enumerate(islice(batches, steps)):
+        z = features[index].float().sub_(mean).div_(std)
+        scores = torch.addmm(bias, z, weight).view(len(z), classes, len(settings))
+        gradient = scores.softmax(dim=1).clamp_(min=FLOOR)
+        target = labels[index, None, None].expand(-1, 1, len(settings))
+        gradient.scatter_add_(1, target, minus_one.expand_as(target))
+        gradient = gradient.flatten(1)
+        velocity[:-1].addmm_(z.T, gradient, beta=MOMENTUM, alpha=1 / len(z))
+        velocity[-1].mul_(MOMENTUM).add_(gradient.mean(0))
+        velocity.addcmul_(both, decay)
+        both.addcmul_(velocity, lr, value=-(1 + math.cos(math.pi * step / steps)) / 2)
 
-    weight = weight.unflatten(1, (len(settings), classes))
-    models = LinearModels(mean, std, weight[:-1], weight[-1])
+    shape = (classes, len(settings))
+    models = LinearModels(mean, std, weight.unflatten(1, shape), bias.view(shape))
     _report_overflow(models, settings)
     return models
 

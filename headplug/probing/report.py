@@ -1,7 +1,7 @@
 """What the probes found at every tap: rows to read, to plot, to save and to load again.
 
-Rows and spectra are plain dicts of plain values, so that JSON, pandas and other reports take them as
-they are.
+Rows and spectra are plain dicts of plain values, so that JSON, pandas and other reports take them
+as they are.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class LayerReport:
     """Accuracies and spectra by tap.
 
     Attributes:
-        rows: One dict a tap and probe, taps in depth order: tap, probe, setting (a dict), accuracy in
-            [0, 1], low and high (95% Wilson interval over the test samples), val_accuracy (of the
-            setting, on the samples held out), selected_on, n_test.
+        rows: One dict a tap and probe, taps in depth order: tap, probe, setting (a dict), accuracy
+            in [0, 1], low and high (95% Wilson interval over the test samples), val_accuracy (of
+            the setting, on the samples held out), selected_on, n_test.
         spectra: One dict a tap, of its training features: tap, dim, rankme, effective_rank,
             singular_values; see `headplug.probing.DEFINITIONS`.
         predictions: Predicted label of each test sample by (tap, probe); not saved.
@@ -58,7 +58,7 @@ class LayerReport:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The row with the highest accuracy on held-out training samples; the earlier tap on a tie."""
+        """The row with the highest `val_accuracy`; the earlier tap on a tie."""
         return max(self.rows, key=lambda row: row["val_accuracy"])
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class LayerReport:
         return self.table()
 
     def table(self) -> str:
-        """Test accuracy in percent with its interval by tap and probe, and the ranks, as plain text."""
+        """Test accuracies with intervals by tap and probe, and the ranks, as plain text."""
         probes = list(dict.fromkeys(row["probe"] for row in self.rows))
         cells = {(row["tap"], row["probe"]): _percent(row) for row in self.rows}
         lines = [["tap", "dim", *probes, "rankme", "effective rank"]]
@@ -82,15 +82,15 @@ class LayerReport:
             lines.append([s["tap"], str(s["dim"]), *found, *ranks])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
             for line in lines
         ]
         best = self.best
         text += [
             "",
-            f"Accuracy in % on {best['n_test']} test samples, with a 95% Wilson interval over them.",
+            f"Accuracy in % on {best['n_test']} test samples, 95% Wilson interval over them.",
             f"Settings, and the best tap, chosen on: {best['selected_on']}.",
-            f"Best: {best['tap']} with {best['probe']} {_spell(best['setting'])}, {_percent(best)}.",
+            f"Best: {best['tap']}, {best['probe']} {_spell(best['setting'])}: {_percent(best)}.",
             DEFINITIONS["rankme"],
             DEFINITIONS["effective_rank"],
         ]
@@ -182,7 +182,7 @@ class LayerReport:
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"{path} is not a report saved by LayerReport.save() ({type(error).__name__}: {error})."
+                f"{path} was not written by LayerReport.save(): {type(error).__name__}: {error}."
             ) from error
 
 

@@ -31,12 +31,12 @@ class RidgeSetting(NamedTuple):
 
 
 def ridge_grid() -> list[RidgeSetting]:
-    """Decades from least squares (1e-7) to nearly the nearest class mean (1e4).
+    """Half-decades from nearly least squares (1e-4) to strongly shrunk (30).
 
     >>> len(ridge_grid())
     12
     """
-    return [RidgeSetting(float(f"1e{e}")) for e in range(-7, 5)]
+    return [RidgeSetting(float(f"{m}e{e}")) for e in range(-4, 2) for m in (1, 3)]
 
 
 @torch.no_grad()
@@ -94,10 +94,10 @@ def fit_ridge(
         values, u = torch.linalg.eigh(z @ z.T / count)
         left, right = z.T @ u, u.T @ (_targets(labels, classes) - middle) / count
     penalties = torch.tensor([s.penalty for s in settings], dtype=torch.float64, device=left.device)
-    shrunk = right[:, None, :] / (values.clamp(min=0)[:, None] + penalties)[:, :, None]  # (r, S, C)
+    shrunk = right[:, :, None] / (values.clamp(min=0)[:, None] + penalties)[:, None, :]
     weight = (left @ shrunk.flatten(1)).unflatten(1, shrunk.shape[1:])
     return LinearModels(
-        mean.float(), std.float(), weight.float(), middle.float().expand(len(settings), -1)
+        mean.float(), std.float(), weight.float(), middle.float()[:, None].expand(-1, len(settings))
     )
 
 

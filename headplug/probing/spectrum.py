@@ -1,8 +1,8 @@
 """How many directions the features of a tap really use: label-free, from their singular values.
 
 Definitions of rank differ by an order of magnitude on the same features, so each one here is
-named, stated in `DEFINITIONS` and printed by the reports. Sums run in float64 over blocks of rows, so
-that the number of samples matters neither for memory nor for precision.
+named, stated in `DEFINITIONS` and printed by the reports. Sums run in float64 over blocks of rows,
+so that the number of samples matters neither for memory nor for precision.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ EPS = 1e-7
 
 DEFINITIONS = {
     "rankme": (
-        "RankMe (arXiv 2210.02885): exp of the entropy of p = s / sum(s) + 1e-7, s the singular values "
-        "of the features as they are, not centred."
+        "RankMe (arXiv 2210.02885): exp of the entropy of p = s / sum(s) + 1e-7, s the singular "
+        "values of the features as they are, not centred."
     ),
     "effective_rank": (
-        "Effective rank (Roy and Vetterli 2007): exp of the entropy of p = s / sum(s), s the singular "
-        "values of the features minus their mean."
+        "Effective rank (Roy and Vetterli 2007): exp of the entropy of p = s / sum(s), s the "
+        "singular values of the features minus their mean."
     ),
     "singular_values": "Singular values of the features minus their mean, divided by the largest.",
 }

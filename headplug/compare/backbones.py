@@ -1,0 +1,77 @@
+"""timm backbones, with a stem for small images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from headplug.errors import OptionError, RunError, unknown
+
+SMALL = 64  # pixels; below, a stem that divides the resolution by four leaves too little
+
+
+def build_backbone(name: str, shape: tuple[int, int, int], stem: str = "auto") -> nn.Module:
+    """A timm model without classifier, for images of one shape.
+
+    Args:
+        name: Its name in timm.
+        shape: (channels, height, width) of the images.
+        stem: "small" makes a ResNet's first convolution 3x3 with stride 1 (a deep stem keeps its
+            layers) and drops the pooling behind it, as is usual on CIFAR (arXiv 2002.05709,
+            appendix B.9); "default" changes nothing; "auto" is small up to 64 pixels, where the
+            model allows.
+
+    Returns:
+        A module from `(batch, *shape)` to `(batch, num_features)`.
+
+    Raises:
+        UnknownNameError: timm has no such model.
+        OptionError: The stem cannot be made small, or the model cannot take such images.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models(), "timm.list_models('*') shows all.")
+    channels, height, width = shape
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+    model: Any
+    try:
+        model = timm.create_model(name, **options)
+        if hasattr(model, "patch_embed"):  # made for one size of image: make it for this one
+            size: dict[str, Any] = {"img_size": (height, width)}
+            if max(height, width) <= SMALL and stem != "default":
+                size["patch_size"] = max(min(height, width) // 8, 1)
+            model = timm.create_model(name, **options, **size)
+    except Exception as error:
+        raise OptionError(
+            f"timm cannot build {name!r} for images of shape {shape}: {error}. Try image_size=224."
+        ) from error
+    small = stem == "small" or (stem == "auto" and max(height, width) <= SMALL)
+    if small and hasattr(model, "conv1") and hasattr(model, "maxpool"):
+        deep = isinstance(model.conv1, nn.Sequential)
+        first: Any = model.conv1[0] if deep else model.conv1
+        if deep:
+            first.stride = (1, 1)
+        else:
+            model.conv1 = nn.Conv2d(channels, first.out_channels, 3, 1, 1, bias=False)
+            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    elif stem == "small" and not hasattr(model, "patch_embed"):
+        raise OptionError(
+            f"stem='small' is known for ResNets and vision transformers, not for {name!r}."
+        )
+    if not isinstance(model, nn.Module):
+        raise RunError(f"timm returned a {type(model).__name__} for {name!r}.")
+    return model
+
+
+def stages(backbone: nn.Module) -> list[str]:
+    """Paths of at most four stages, spread evenly over the depth."""
+    info = getattr(backbone, "feature_info", None)
+    entries = info if isinstance(info, list) else getattr(info, "info", [])
+    known = {p for p, _ in backbone.named_modules()}
+    found = [e["module"] for e in entries if e["module"] in known]
+    if len(found) <= 4:
+        return found
+    return [found[round((i + 1) * len(found) / 4) - 1] for i in range(4)]

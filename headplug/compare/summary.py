@@ -1,0 +1,115 @@
+"""Which head and which layer win, and by how much, with intervals.
+
+Heads and layers are chosen by accuracy on the held-out part of train; what is reported is accuracy
+on test. Intervals come from a bootstrap that draws seeds and test images anew, the same for both
+sides of a difference, since all heads see the same test images and share seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+DRAWS = 2000
+METHOD = "paired bootstrap over test images and seeds"
+Hits = Mapping[tuple[str, int], Mapping[tuple[str, str], np.ndarray]]
+
+
+def summarize(
+    runs: Sequence[Mapping[str, Any]], hits: Hits, *, default_head: str, probes: Sequence[str]
+) -> dict[str, Any]:
+    """The summary of results.json.
+
+    Args:
+        runs: The finished runs.
+        hits: For each (head, seed), by (tap, probe), which test images were classified rightly.
+        default_head: Label of the head that gains are measured against.
+        probes: The probes that ran; "linear" decides if it is among them, else the first.
+
+    Returns:
+        `probe`, `default_head`, `best`, `gain` (None where the default won or did not run) and one
+        entry for each head with its best layer and the gap between pre_projection and projection.
+    """
+    probe = "linear" if "linear" in probes else probes[0]
+    labels = list(dict.fromkeys(r["head"] for r in runs))
+    best_of = {label: _best_row(runs, label, probe) for label in labels}
+    if not best_of:
+        return {
+            "probe": probe,
+            "default_head": default_head,
+            "best": None,
+            "gain": None,
+            "heads": [],
+        }
+
+    def scores(label: str, tap: str) -> np.ndarray:
+        """(seeds, test images) of one head's hits at a tap."""
+        return np.stack([h[tap, probe] for (head, _), h in hits.items() if head == label])
+
+    heads = []
+    for label in labels:
+        tap = best_of[label]["tap"]
+        entry = {"head": label, "tap": tap, **_interval(scores(label, tap), "accuracy")}
+        taps = {t for t, _ in next(h for (head, _), h in hits.items() if head == label)}
+        if {"pre_projection", "projection"} <= taps:
+            gap = _difference(scores(label, "pre_projection"), scores(label, "projection"))
+            entry["gap"] = _interval(gap, "mean")
+        heads.append(entry)
+    winner = max(labels, key=lambda label: best_of[label]["val_accuracy"])
+    row = next(h for h in heads if h["head"] == winner)
+    best = {
+        **{k: row[k] for k in ("head", "tap", "accuracy", "low", "high")},
+        "probe": probe,
+        "selected_on": best_of[winner]["selected_on"],
+    }
+    gain = None
+    if winner != default_head and default_head in labels:
+        seeds = {s for h, s in hits if h == winner} & {s for h, s in hits if h == default_head}
+        ours, theirs = (
+            np.stack([hits[h, s][best_of[h]["tap"], probe] for s in sorted(seeds)])
+            for h in (winner, default_head)
+        )
+        gain = {
+            "over": default_head,
+            **_interval(_difference(ours, theirs), "mean"),
+            "method": METHOD,
+        }
+    return {
+        "probe": probe,
+        "default_head": default_head,
+        "best": best,
+        "gain": gain,
+        "heads": heads,
+    }
+
+
+def _best_row(runs: Sequence[Mapping[str, Any]], label: str, probe: str) -> dict[str, Any]:
+    """The tap with the highest accuracy on held-out train over all seeds; the earlier on a tie."""
+    found: dict[str, list[float]] = {}
+    selected_on = ""
+    for run in runs:
+        for row in run["taps"]:
+            if run["head"] == label and row["probe"] == probe:
+                found.setdefault(row["tap"], []).append(row["val_accuracy"])
+                selected_on = row["selected_on"]
+    means = {tap: float(np.mean(values)) for tap, values in found.items()}
+    tap = max(means, key=lambda t: means[t])
+    return {"tap": tap, "val_accuracy": means[tap], "selected_on": selected_on}
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    return ours.astype(np.int8) - theirs.astype(np.int8)
+
+
+def _interval(values: np.ndarray, name: str) -> dict[str, float]:
+    """Mean of (seeds, images) and its 95% bootstrap interval."""
+    rng = np.random.default_rng(0)
+    seeds, images = values.shape
+    draws = np.empty(DRAWS)
+    for i in range(DRAWS):
+        mean_image = values[rng.integers(seeds, size=seeds)].mean(axis=0)
+        draws[i] = mean_image[rng.integers(images, size=images)].mean()
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {name: float(values.mean()), "low": float(low), "high": float(high)}
