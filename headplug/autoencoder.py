@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headplug.checkpoints import read_state_dict
+from headplug.device import pick_device
 from headplug.errors import CheckpointError, DataError, OptionError, RunError
 from headplug.files import atomic, load_tensors
 from headplug.heads.base import positive
@@ -116,9 +117,15 @@ class Autoencoder(nn.Module):
                 f"{path} was not written by Autoencoder.save(). To use its embedding layer alone, "
                 "pass the path to AEEmbeddingHead.from_autoencoder()."
             )
-        ae = cls(**json.loads(about["config"]))
-        ae.load_state_dict(state)
-        ae.history = json.loads(about["history"])
+        try:
+            ae = cls(**json.loads(about["config"]))
+            ae.load_state_dict(state)
+            ae.history = json.loads(about["history"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the description in {path} does not fit its weights ({type(error).__name__}); "
+                "pretrain again."
+            ) from error
         return ae
 
 
@@ -170,10 +177,12 @@ def pretrain_autoencoder(
     """
     for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
         positive(name, value)
+    if not (0 < lr < math.inf):
+        raise OptionError(f"lr must be a positive number, not {lr!r}.")
     if not 0 < validation < 1:
         raise OptionError(f"validation must lie between 0 and 1, not at {validation!r}.")
     data: Tensor = _images(images)
-    place = torch.device(_default_device() if device == "auto" else device)
+    place = pick_device(device)
     data = _resident(data, place)
 
     generator = torch.Generator().manual_seed(seed)
@@ -189,11 +198,14 @@ def pretrain_autoencoder(
     optimizer = torch.optim.Adam(ae.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=10)
     best = {k: v.clone() for k, v in ae.state_dict().items()}
-    asked = {**ae.config, "images": len(data), "batch_size": batch_size, "lr": lr, "seed": seed}
+    asked = {
+        **ae.config, "images": len(data), "batch_size": batch_size, "lr": lr, "seed": seed,
+        "validation": validation,
+    }  # fmt: skip
 
     if resume is not None and Path(resume).is_file():
         state = load_tensors(resume)
-        if state["asked"] != asked:
+        if not isinstance(state, dict) or state.get("asked") != asked:
             raise RunError(
                 f"{resume} belongs to another pretraining; delete it or name another file."
             )
@@ -211,7 +223,8 @@ def pretrain_autoencoder(
                 val_loss = _epoch(ae, data, val, max(batch_size, 1000))
             if not math.isfinite(train_loss + val_loss):
                 raise RunError(
-                    f"the autoencoder's loss is {train_loss} in epoch {epoch}; lower lr ({lr})."
+                    f"the autoencoder's loss is {train_loss} in epoch {epoch}, and {val_loss} in "
+                    f"validation; lower lr ({lr})."
                 )
             schedule.step(val_loss)
             if val_loss < min((h["val_loss"] for h in ae.history), default=math.inf):
@@ -275,6 +288,11 @@ def _epoch(
 def _images(images: Any) -> Any:
     """Any accepted form as one tensor of uint8, or of floats in [0, 1]."""
     if not isinstance(images, Tensor):
+        if not (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
+            raise DataError(
+                f"images must be a tensor or a dataset, not a {type(images).__name__}; of a "
+                "loader, pass its dataset."
+            )
         each = [_pixels(images[i]) for i in range(len(images))]
         shapes = {tuple(t.shape) for t in each}
         if len(shapes) > 1:
@@ -298,13 +316,19 @@ def _images(images: Any) -> Any:
 
 
 def _pixels(item: Any) -> Any:
-    image = item[0] if isinstance(item, tuple | list) else item
     import numpy as np
 
+    image = item[0] if isinstance(item, tuple | list) and len(item) else item
     if isinstance(image, Tensor):
         return image
-    array = torch.from_numpy(np.array(image))
-    return array.permute(2, 0, 1) if array.ndim == 3 else array
+    if not hasattr(image, "convert"):
+        raise DataError(
+            f"an image must be a tensor or a PIL image, not a {type(image).__name__}; pass a "
+            "tensor (N, C, H, W) or a dataset of images."
+        )
+    grey = image.mode in ("1", "L", "LA", "I;16")
+    array = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
+    return array if grey else array.permute(2, 0, 1)
 
 
 def _resident(data: Tensor, device: torch.device) -> Tensor:
@@ -312,7 +336,3 @@ def _resident(data: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and data.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
         return data.pin_memory()
     return data.to(device)
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

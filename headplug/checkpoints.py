@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,12 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not _looks_pickled(path):
+            raise CheckpointError(f"{path} is not a checkpoint; is it damaged?") from None
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
-            f"{path} holds more than tensors, and headplug never unpickles: {_first(error)} "
-            "Re-save it where you trust it: torch.save(model.state_dict(), path)."
+            f"{path} holds more than tensors{f' ({named[1]})' if named else ''}, and headplug "
+            "never unpickles. Re-save it where you trust it: torch.save(model.state_dict(), path)."
         ) from None
     except Exception as error:  # torch and safetensors raise many types for a damaged file
         raise CheckpointError(f"{path} is not a readable checkpoint: {_first(error)}") from None
@@ -101,13 +106,19 @@ def _find_embedding(state: Mapping[str, Any], where: str) -> tuple[Any, Any]:
         return state["weight"], state["bias"]
     found = [k for k in state if ("." + k).endswith(".embedding.weight")]
     if len(found) != 1:
-        keys = ", ".join(found or list(state)[:6]) or "nothing"
+        weights = [k for k in state if k.endswith("weight")]
+        keys = ", ".join(found or (weights or list(state))[:6]) or "nothing"
         raise CheckpointError(
             f"{where} has {len(found) or 'no'} layers named 'embedding' (keys: {keys}); one is "
             "needed. Pass the layer itself: weights=autoencoder.encoder.embedding."
         )
     key = found[0]
     return state[key], state.get(key.removesuffix("weight") + "bias")
+
+
+def _looks_pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == pickle.PROTO
 
 
 def _first(error: Exception) -> str:

@@ -104,7 +104,7 @@ def pretrain_ae(
 
     if out.suffix != ".safetensors":
         raise OptionError(f"--out must end in .safetensors; it is {str(out)!r}.")
-    images = load_data(data, image_size=image_size, limit=limit).train.tensor()
+    images = load_data(data, image_size=image_size, limit=limit, seed=seed).train.tensor()
     ae = pretrain_autoencoder(
         images,
         latent_dim,

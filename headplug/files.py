@@ -56,5 +56,8 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
 def _is_write_failure(error: Exception) -> bool:
     # torch and safetensors wrap the operating system's errors in types of their own
     wrapped = type(error).__name__ in ("SafetensorError", "RuntimeError")
-    signs = ("No space left", "os error", "file write failed", "Parent directory", "Read-only")
+    signs = (
+        "No space left", "os error", "write failed", "Parent directory", "Read-only",
+        "inline_container", "iostream",  # what torch.save says when the disk is full
+    )  # fmt: skip
     return isinstance(error, OSError) or (wrapped and any(s in str(error) for s in signs))

@@ -183,6 +183,15 @@ def test_double_and_half_weights_become_float32(ae: Any) -> None:
         torch.testing.assert_close(weight, ae.encoder.embedding.weight.detach(), rtol=0, atol=2e-4)
 
 
+def test_what_is_read_shares_no_storage_with_its_source(ae: Any) -> None:
+    layer = ae.encoder.embedding
+    weight, bias = read_embedding((layer.weight, layer.bias))
+    weight += 1
+    bias += 1
+    assert not torch.equal(layer.weight, weight)
+    assert not torch.equal(layer.bias, bias)
+
+
 # --- forms that are refused -------------------------------------------------------------------
 
 

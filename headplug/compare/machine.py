@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from headplug.device import pick_device
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -58,7 +60,7 @@ def head_step_ms(heads: Mapping[str, nn.Module], batch: int, repeats: int = 15) 
     Returns:
         Milliseconds by name.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     steps = {}
     for name, head in heads.items():
         head.to(device).train()

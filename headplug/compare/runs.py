@@ -33,6 +33,7 @@ from headplug.compare.recipes import recipe
 from headplug.compare.report import write_report
 from headplug.compare.summary import summarize
 from headplug.compare.train import SSLModel, train
+from headplug.device import pick_device
 from headplug.errors import HeadplugError, RunError
 from headplug.files import atomic
 from headplug.heads import AEEmbeddingHead, create_head, describe_head
@@ -147,8 +148,9 @@ class _Job:
         probe = self.plan.probes[-1]
         last = {r["tap"]: r["accuracy"] for r in report.rows if r["probe"] == probe}
         self.say(
-            f"done: {choice.label}, seed {seed}: {record['train_images_per_s']:.0f} images/s, {probe} "
-            f"accuracy {last['pre_projection']:.1%} before the head, {last['projection']:.1%} after"
+            f"done: {choice.label}, seed {seed}: {record['train_images_per_s']:.0f} images/s, "
+            f"{probe} accuracy {last['pre_projection']:.1%} before the head, "
+            f"{last['projection']:.1%} after"
         )
 
     def _finish(
@@ -205,8 +207,7 @@ class _Job:
         inner = [p for p in head if p.startswith("layers.") and p.count(".") == 1][:-1]
         at = [f"backbone.{s}" for s in stages(model.backbone)] + ["pre_projection"]
         at += [f"projection_head.{p}" for p in inner] + ["projection"]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device)
+        model.to(pick_device())
         found = []
         for images in (self.data.train, self.data.test):
             batches = BatchSampler(SequentialSampler(images), 512, drop_last=False)

@@ -40,6 +40,8 @@ class SSLModel(pl.LightningModule):
         seed: Of batches and views.
     """
 
+    _bad_step: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,

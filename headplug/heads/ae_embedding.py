@@ -168,8 +168,11 @@ class AEEmbeddingHead(ProjectionHead):
         self._is_pretrained = True
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Weights from elsewhere come without the mark; only a state dict of ours says "not yet".
-        if prefix + "layers.embedding.weight" in state:
-            state.setdefault(prefix + "pretrained", torch.ones(()))
+        own = self.embedding.state_dict()
+        given = {n: state.get(f"{prefix}layers.embedding.{n}") for n in own}
+        fits = all(getattr(given[n], "shape", None) == own[n].shape for n in own)
+        mark = prefix + "pretrained"
+        if fits:  # weights from elsewhere come without the mark; only ours can say "not yet"
+            state.setdefault(mark, torch.ones(()))
+            self._is_pretrained = bool(state[mark])
         super()._load_from_state_dict(state, prefix, *args)
-        self._is_pretrained = bool(state.get(prefix + "pretrained", self._is_pretrained))

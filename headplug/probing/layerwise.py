@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from headplug.device import pick_device
 from headplug.errors import DataError, OptionError, unknown
 from headplug.probing.data import check_features, stratified_split
 from headplug.probing.knn import knn_grid, knn_predict
@@ -129,7 +130,7 @@ def probe_layers(
     if bool((targets.bincount() == 1).any()):
         selected_on += " (classes of one sample are not)"
 
-    place = torch.device(_default_device() if device == "auto" else device)
+    place = pick_device(device)
     fit, held, targets = fit.to(place), held.to(place), targets.to(place)
     report = LayerReport([], [])
     with torch.autocast(place.type, enabled=False):
@@ -229,7 +230,3 @@ def _check_taps(train: Features, test: Features, train_count: int, test_count: i
                 f"tap {tap!r}: train has {widths[0]} features a sample and test has {widths[1]}; "
                 "extract both from the same model and image size."
             )
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -33,8 +33,8 @@ DEFINITIONS = {
 def singular_values(features: Tensor, *, centred: bool = True) -> Tensor:
     """Singular values of `(N, D)` features, largest first, in float64 `(min(N, D),)`.
 
-    They are roots of the eigenvalues of a Gram matrix: those below about 1e-8 of the largest are
-    rounding noise.
+    They are roots of the eigenvalues of a Gram matrix, in which those below 1.5e-8 of the largest
+    are rounding noise: they come out as 0.
 
     Args:
         features: One row a sample.
@@ -122,13 +122,16 @@ def _grams(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _both(features: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values of the centred and of the raw features."""
-    centred, raw = (
-        torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_()
-        for gram in _grams(check_features(features))
-    )
+    centred, raw = (_roots(gram) for gram in _grams(check_features(features)))
     if centred[0] <= torch.finfo(torch.float32).eps * raw[0]:  # constant, but for rounding
         centred = torch.zeros_like(centred)
     return centred, raw
+
+
+def _roots(gram: Tensor) -> Tensor:
+    values = torch.linalg.eigvalsh(gram).flip(0)
+    noise = torch.finfo(values.dtype).eps * values[0].clamp(min=0)
+    return torch.where(values > noise, values, 0.0).sqrt()
 
 
 def _exp_entropy(values: Tensor, eps: float) -> float:

@@ -262,6 +262,21 @@ def test_limit_takes_as_many_of_each_class_and_follows_the_seed(parquet):
     )
 
 
+def test_limit_keeps_images_and_labels_together_across_batches_and_row_groups(tmp_path):
+    rows = np.arange(1000)
+    pixels = np.zeros((1000, 4, 4, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = (part[:, None, None] for part in np.divmod(rows, 256))
+    for name in ("train", "test"):
+        file = tmp_path / f"{name}.parquet"
+        write_parquet(file, map(png, pixels), rows % 7, row_group_size=600)
+    images = load(tmp_path, limit=100).train
+    high, low, _ = images.tensor()[..., 0, 0].long().T
+    taken = 256 * high + low
+    assert torch.equal(images.labels, taken % 7)
+    assert (taken.diff() > 0).all()
+    assert taken.max() > 600
+
+
 def test_limit_is_exact_when_a_class_is_short(tmp_path):
     labels = [0] * 3 + [1] * 40 + [2] * 40
     for name in ("train", "test"):

