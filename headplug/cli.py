@@ -154,11 +154,12 @@ def compare(
     json_: AsJson = False,
 ) -> None:
     """Train a model with each head, probe every layer, say which head and layer win."""
-    _quiet()
     from headplug.compare import Plan
     from headplug.compare import compare as run
     from headplug.compare.digest import answer, results_table
+    from headplug.compare.processes import launched
 
+    _quiet()
     plan = Plan(
         data=data,
         heads=_split(heads),
@@ -184,7 +185,7 @@ def compare(
         workers=workers,
         out=out,
     )
-    if devices * nodes > 1 and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+    if devices * nodes > 1 and not launched():
         _under_torchrun(devices, nodes)
     command = shlex.join(["headplug", *sys.argv[1:]])
     results = run(plan, say=lambda line: print(line, file=sys.stderr), command=command)
@@ -283,11 +284,12 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def _quiet() -> None:
-    """Lightning's advice is for people who wrote the training loop."""
+    """Silences Lightning's advice, which is for people who wrote the training loop."""
     import logging
     import warnings
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 

@@ -3,7 +3,7 @@
 `compare` is what `headplug compare` runs; it needs the extra `headplug[compare]`.
 """
 
+from headplug.compare.job import compare
 from headplug.compare.plan import Plan
-from headplug.compare.runs import compare
 
 __all__ = ["Plan", "compare"]

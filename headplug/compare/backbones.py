@@ -67,11 +67,11 @@ def build_backbone(name: str, shape: tuple[int, int, int], stem: str = "auto") -
 
 
 def stages(backbone: nn.Module) -> list[str]:
-    """Paths of at most four stages, spread evenly over the depth."""
+    """Paths of at most six stages, spread evenly over the depth."""
     info = getattr(backbone, "feature_info", None)
     entries = info if isinstance(info, list) else getattr(info, "info", [])
     known = {p for p, _ in backbone.named_modules()}
     found = [e["module"] for e in entries if e["module"] in known]
-    if len(found) <= 4:
+    if len(found) <= 6:
         return found
-    return [found[round((i + 1) * len(found) / 4) - 1] for i in range(4)]
+    return [found[round((i + 1) * len(found) / 6) - 1] for i in range(6)]

@@ -130,11 +130,19 @@ class Plan:
         del plain["choices"]
         return plain
 
+    def folder_of(self, choice: HeadChoice, seed: int) -> Path:
+        """Where one run lives."""
+        return self.folder / f"{choice.slug}-seed{seed}"
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all runs in one folder must agree on; heads, sweeps and seeds may be added."""
+        return {k: v for k, v in self.config.items() if k not in (*SWEEPS, *PLACE)}
+
     @property
     def fingerprint(self) -> str:
-        """What two runs must share to live in one folder; heads, sweeps and seeds may be added."""
-        shared = {k: v for k, v in self.config.items() if k not in (*SWEEPS, *PLACE, "probes")}
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of `shared`."""
+        return hashlib.sha256(json.dumps(self.shared, sort_keys=True).encode()).hexdigest()[:16]
 
     def _grid(self) -> tuple[HeadChoice, ...]:
         found: dict[str, HeadChoice] = {}

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from headplug.errors import DataError, RunError, UnknownNameError
-from headplug.files import atomic
+from headplug.files import atomic, write_json
 from headplug.probing.spectrum import DEFINITIONS
 
 SCHEMA = 1
@@ -156,8 +156,7 @@ class LayerReport:
             "spectra": self.spectra,
             "definitions": DEFINITIONS,
         }
-        with atomic(path) as partial:
-            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+        write_json(path, content)
         return Path(path)
 
     @classmethod

@@ -13,8 +13,8 @@ from PIL import Image
 
 from headplug.compare import images as images_module
 from headplug.compare.data import load_data
-from headplug.compare.images import LazyImages, ResidentImages, to_pixels
-from headplug.compare.torchvision_data import TorchvisionSource
+from headplug.compare.data.images import LazyImages, ResidentImages, to_pixels
+from headplug.compare.data.torchvision_data import TorchvisionSource
 from headplug.errors import DataError, OptionError, UnknownNameError
 
 CLASSES = ["ant", "bee", "cow"]

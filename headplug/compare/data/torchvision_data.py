@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headplug.compare.sources import Source, integer_labels
+from headplug.compare.data.sources import Source, integer_labels
 from headplug.errors import DataError, unknown
 
 if TYPE_CHECKING:

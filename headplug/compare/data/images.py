@@ -26,7 +26,7 @@ from headplug.progress import progress
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from headplug.compare.sources import Source
+    from headplug.compare.data.sources import Source
 
 RESIDENT_LIMIT = 4 * 2**30
 """Bytes that one decoded split may take in memory."""

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from headplug.compare.images import Images, read_images
-from headplug.compare.parquet import ParquetSource, shards
-from headplug.compare.sources import FolderSource, Source, digits
-from headplug.compare.torchvision_data import torchvision_splits
+from headplug.compare.data.images import Images, read_images
+from headplug.compare.data.parquet import ParquetSource, shards
+from headplug.compare.data.sources import FolderSource, Source, digits
+from headplug.compare.data.torchvision_data import torchvision_splits
 from headplug.errors import DataError, UnknownNameError
 from headplug.heads.base import positive
 

@@ -1,0 +1,205 @@
+"""One run: a head and a seed, trained, read at every layer and probed.
+
+Its folder holds run.json (the record), hits.npz (which test images each probe got right) and
+model.safetensors (backbone and head); checkpoint.ckpt until it is finished. run.json is written
+last, so that it says that the others are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from headplug.autoencoder import Autoencoder, pretrain_autoencoder
+from headplug.checkpoints import read_state_dict
+from headplug.compare.augment import Views, statistics
+from headplug.compare.backbones import build_backbone, stages
+from headplug.compare.data import ImageData
+from headplug.compare.plan import HeadChoice, Plan
+from headplug.compare.processes import is_first, wait
+from headplug.compare.recipes import recipe
+from headplug.compare.train import SSLModel, train
+from headplug.device import pick_device
+from headplug.files import atomic, write_json
+from headplug.heads import AEEmbeddingHead, create_head, describe_head
+from headplug.probing import LayerReport, probe_layers
+from headplug.store import FeatureStore, extract_features
+from headplug.swap import ANCHOR
+
+HEAD = "projection_head."
+
+
+class Runner:
+    """Does the runs of a plan on its data.
+
+    Args:
+        plan: The plan.
+        data: Its images.
+
+    Raises:
+        UnknownNameError, OptionError: The backbone does not exist or cannot take the images.
+    """
+
+    def __init__(self, plan: Plan, data: ImageData) -> None:
+        self.plan, self.data = plan, data
+        self.width = int(self._backbone(0).num_features)  # type: ignore[arg-type]
+        mean, std = statistics(data.train.tensor(), plan.standardize)
+        self.views = Views(data.train.shape, mean, std)
+
+    def __call__(self, choice: HeadChoice, seed: int, folder: Path) -> str:
+        """Does one run, or goes on with it.
+
+        Returns:
+            A line on how it went, on the first process.
+
+        Raises:
+            RunError: The loss stopped being finite, or the folder cannot be written.
+        """
+        autoencoder = self._autoencoder(choice)
+        model = self._model(choice, seed, autoencoder)
+        train(
+            model,
+            self.data.train,
+            epochs=self.plan.epochs,
+            batch_size=self.plan.batch_size,
+            checkpoint=folder / "checkpoint.ckpt",
+            label=f"{choice.label}, seed {seed}",
+            devices=self.plan.devices,
+            nodes=self.plan.nodes,
+            precision=self.plan.precision,
+            workers=self.plan.workers,
+        )
+        if not is_first():
+            return ""
+        learned, tested = self._features(model)
+        report = probe_layers(learned, tested, probes=list(self.plan.probes), seed=seed)
+        record: dict[str, Any] = {
+            "head": choice.label,
+            "head_config": model.projection_head.config,
+            "seed": seed,
+            "train_images_per_s": model.images / model.seconds,
+            "train_seconds": model.seconds,
+            **_parameters(model.projection_head),
+            "losses": model.losses,
+            "taps": report.rows,
+            "spectra": report.spectra,
+        }
+        if autoencoder is not None:
+            losses = [epoch["val_loss"] for epoch in autoencoder.history]
+            record["autoencoder"] = {"val_mse": min(losses), "epochs": len(losses)}
+        hits = {f"{t}|{p}": v == tested.labels for (t, p), v in report.predictions.items()}
+        _finish(folder, model, hits, record)
+        return f"{record['train_images_per_s']:.0f} images/s, {_before_and_after(report)}"
+
+    def _model(self, choice: HeadChoice, seed: int, autoencoder: Autoencoder | None) -> SSLModel:
+        options = {**choice.options, "input_dim": self.width}
+        if autoencoder is not None:
+            options["weights"] = autoencoder
+        backbone = self._backbone(seed)
+        with _seeded(seed):
+            head = create_head(options)
+            model = SSLModel(
+                backbone, head, recipe(self.plan.recipe), self.views, self.plan.rate, seed
+            )
+        return model.to(memory_format=torch.channels_last)
+
+    def _backbone(self, seed: int) -> nn.Module:
+        with _seeded(seed):
+            return build_backbone(self.plan.backbone, self.data.train.shape, self.plan.stem)
+
+    def _autoencoder(self, choice: HeadChoice) -> Autoencoder | None:
+        """The pretrained autoencoder that a head needs, from the folder if it is there."""
+        if describe_head(choice.options["name"]).builder is not AEEmbeddingHead:
+            return None
+        latent = choice.options.get("embedding_dim", 256)
+        path = self.plan.folder / "autoencoders" / f"latent{latent}-hidden{self.width}.safetensors"
+        if not path.is_file() and is_first():
+            pretrain_autoencoder(
+                self.data.train.tensor(),
+                latent,
+                self.width,
+                epochs=self.plan.ae_epochs,
+                resume=path.with_suffix(".partial.pt"),
+            ).save(path)
+        wait()
+        return Autoencoder.load(path)
+
+    def _features(self, model: SSLModel) -> tuple[FeatureStore, FeatureStore]:
+        """Train and test features at every stage, before, inside and after the head."""
+        inner = [f"{HEAD}{p}" for p, _ in model.projection_head.named_modules() if "." in p]
+        at = [f"backbone.{s}" for s in stages(model.backbone)]
+        at += ["pre_projection", *inner[:-1], "projection"]
+        model.to(pick_device())
+        found = []
+        for images in (self.data.train, self.data.test):
+            batches = BatchSampler(SequentialSampler(images), 512, drop_last=False)
+            loader = DataLoader(
+                images, batch_size=None, sampler=batches, num_workers=self.plan.workers
+            )
+            found.append(extract_features(model, loader, at, transform=self.views.plain))
+        model.cpu()
+        # A ResNet's last stage, averaged, is the representation itself: once is enough.
+        learned = found[0]
+        at = [
+            p
+            for p in at
+            if not (p.startswith("backbone.") and _close(learned[p], learned["pre_projection"]))
+        ]
+        return tuple(FeatureStore.from_tensors({p: s[p] for p in at}, s.labels) for s in found)  # type: ignore[return-value]
+
+
+def trained_head(folder: Path) -> nn.Module:
+    """The head of a finished run, with its weights."""
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    state = read_state_dict(folder / "model.safetensors")
+    head = create_head(record["head_config"])
+    names = {k: k.removeprefix(HEAD) for k in state if k.startswith(HEAD)}
+    head.load_state_dict({n: state[k] for k, n in names.items() if n != ANCHOR})
+    return head
+
+
+def _finish(
+    folder: Path, model: SSLModel, hits: Mapping[str, Any], record: Mapping[str, Any]
+) -> None:
+    from safetensors.torch import save_file
+
+    state = model.state_dict()
+    weights = {k: v.contiguous() for k, v in state.items() if k.startswith(("backbone.", HEAD))}
+    with atomic(folder / "model.safetensors") as partial:
+        save_file(weights, partial, metadata={"head": json.dumps(record["head_config"])})
+    with atomic(folder / "hits.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **{k: v.numpy() for k, v in hits.items()})
+    write_json(folder / "run.json", record)
+    (folder / "checkpoint.ckpt").unlink(missing_ok=True)
+
+
+def _parameters(head: nn.Module) -> dict[str, int]:
+    trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    every = sum(t.numel() for t in (*head.parameters(), *head.buffers()))
+    return {"head_params_trainable": trained, "head_params_frozen": every - trained}
+
+
+def _before_and_after(report: LayerReport) -> str:
+    probe = report.rows[-1]["probe"]
+    found = {r["tap"]: r["accuracy"] for r in report.rows if r["probe"] == probe}
+    before, after = found["pre_projection"], found["projection"]
+    return f"{probe} accuracy {before:.1%} before the head, {after:.1%} after it"
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
