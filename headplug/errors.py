@@ -59,7 +59,8 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Unkno
     UnknownNameError("no head is called 'simclir'. Closest: simclr. list_heads() shows all.")
     """
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    by_lower = {k.lower(): k for k in known}
+    close = [by_lower[k] for k in difflib.get_close_matches(name.lower(), by_lower, 4, 0.5)]
     if close:
         found = f"Closest: {', '.join(close)}."
     elif known:

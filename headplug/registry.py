@@ -2,7 +2,8 @@
 
 Names are added by one explicit call and never replaced by accident; options are checked by name and
 type against the builder's signature before it runs, so that none is silently ignored; third parties
-add entries through an entry-point group, which is read when a name is first looked up.
+add entries through an entry-point group, which stays unread until a name that is not here is looked
+up, or all names are listed.
 """
 
 from __future__ import annotations
@@ -12,22 +13,20 @@ import functools
 import inspect
 import re
 import types
-import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from headplug.errors import OptionError, unknown
 
 Builder = Callable[..., Any]
-B = TypeVar("B", bound=Builder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entry:
-    """One registered name.
+    """One registered name; `print` shows all that a user can set.
 
     Attributes:
         name: What users type.
@@ -39,7 +38,7 @@ class Entry:
     """
 
     name: str
-    builder: Builder = field(repr=False)
+    builder: Builder
     summary: str = ""
     paper: str = ""
     preset: Mapping[str, Any] = field(default_factory=dict)
@@ -48,44 +47,76 @@ class Entry:
     @functools.cached_property
     def signature(self) -> inspect.Signature:
         """The builder's parameters, with the preset's values as their defaults."""
+        try:
+            signature = inspect.signature(self.builder, eval_str=True)
+        except Exception:  # an annotation that means nothing at run time: types go unchecked
+            signature = inspect.signature(self.builder)
         parameters = [
             p if p.kind is p.VAR_KEYWORD
             else p.replace(kind=p.KEYWORD_ONLY, default=self.preset.get(p.name, p.default))
-            for p in inspect.signature(self.builder).parameters.values()
+            for p in signature.parameters.values()
             if p.kind is not p.VAR_POSITIONAL
         ]  # fmt: skip
         return inspect.Signature(parameters)
 
     @property
+    def open_ended(self) -> bool:
+        """Whether the builder takes options that its signature does not name."""
+        return any(p.kind is p.VAR_KEYWORD for p in self.signature.parameters.values())
+
+    @property
+    def required(self) -> list[str]:
+        """Options that must be given."""
+        parameters = self.signature.parameters.values()
+        return [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """Every option that has a default, with its value for this entry."""
         parameters = self.signature.parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
+        own = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return {**own, **self.preset}
+
+    def __repr__(self) -> str:
+        options = [f"{o} (required)" for o in self.required]
+        options += [f"{o}={value!r}" for o, value in self.defaults.items()]
+        rows = {"paper": self.paper, "equals": self.source, "options": ", ".join(options)}
+        about = f"{self.name}: {self.summary}" if self.summary else self.name
+        return "\n".join([about, *(f"  {row:8} {text}" for row, text in rows.items() if text)])
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuses options that the builder lacks or that are of another type.
+
+        Raises:
+            OptionError: It names the option, its value and what is possible.
+        """
+        parameters = self.signature.parameters
+        for name, value in options.items():
+            if name not in parameters:
+                if self.open_ended:
+                    continue
+                raise OptionError(f"{self.name}: {unknown('option', name, parameters)}")
+            hint, default = parameters[name].annotation, parameters[name].default
+            if hint is inspect.Parameter.empty or (value is None and default is None):
+                continue
+            if not _fits(value, hint):
+                raise OptionError(
+                    f"{self.name}: {name} must be {_spell(hint)}, not {value!r} "
+                    f"({type(value).__name__})."
+                )
 
     def bind(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options with defaults filled in, or an `OptionError` that names the wrong one."""
-        parameters = self.signature.parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            for name in options:
-                if name not in parameters:
-                    error = unknown("option", name, parameters)
-                    raise OptionError(f"{self.name}: {error}")
-        missing = [
-            n for n, p in parameters.items()
-            if p.default is p.empty and n not in options and p.kind is p.KEYWORD_ONLY
-        ]  # fmt: skip
+        """All options with defaults filled in.
+
+        Raises:
+            OptionError: One is unknown, missing or of the wrong type; the message names it.
+        """
+        self.check(options)
+        missing = [name for name in self.required if name not in options]
         if missing:
             raise OptionError(
                 f"{self.name}: {', '.join(missing)} must be given, e.g. {missing[0]}=512."
             )
-        target = self.builder.__init__ if inspect.isclass(self.builder) else self.builder
-        hints = typing.get_type_hints(target)
-        for name, value in options.items():
-            if name in hints and not _fits(value, hints[name]):
-                raise OptionError(
-                    f"{self.name}: {name} must be {_spell(hints[name])}, not {value!r} "
-                    f"({type(value).__name__})."
-                )
         return {**self.defaults, **options}
 
 
@@ -94,8 +125,9 @@ class Registry:
 
     Args:
         kind: What the entries are, for messages: "head".
-        group: Entry-point group through which other packages add theirs. Each entry point names a
-            module (whose import registers) or a callable (which is called).
+        group: Entry-point group through which other packages add theirs. An entry point leads to a
+            class, which is registered under the entry point's name, to a function, which is
+            called, or to a module, whose import registers.
         listing: How a user lists the names, for messages.
 
     >>> shapes = Registry("shape")
@@ -112,21 +144,31 @@ class Registry:
         self._loaded = False
 
     def register(
-        self, name: str, builder: B | None = None, *, overwrite: bool = False, **about: Any
+        self,
+        name: str,
+        builder: Builder | None = None,
+        *,
+        summary: str = "",
+        paper: str = "",
+        preset: Mapping[str, Any] | None = None,
+        source: str = "",
+        overwrite: bool = False,
     ) -> Any:
         """Adds an entry, directly or as a decorator.
 
         Args:
             name: The new name: lower-case letters, digits, `_`, `-`, `.`.
             builder: What builds it. Left out, a decorator is returned.
+            summary: One line on what it is.
+            paper: Where it comes from, e.g. "arXiv 2002.05709".
+            preset: Values that replace the builder's own defaults.
+            source: The class it must equal, as "package.module:Class", where there is one.
             overwrite: Replace an entry of the same name.
-            about: The other fields of `Entry`.
 
         Raises:
-            OptionError: The name is malformed or taken, or the preset names an unknown option.
+            OptionError: The name is malformed or taken, the builder cannot be called, or the preset
+                sets an unknown option or a value of the wrong type.
         """
-        if builder is None:
-            return lambda b: self.register(name, b, overwrite=overwrite, **about)
         if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_.\-]*", name):
             raise OptionError(
                 f"{name!r} cannot name a {self.kind}: use lower-case letters, digits, '_', '-', "
@@ -137,12 +179,24 @@ class Registry:
                 f"the {self.kind} {name!r} is already registered by "
                 f"{self._entries[name].builder!r}; take another name or pass overwrite=True."
             )
-        entry = Entry(name=name, builder=builder, **about)
-        for option in entry.preset:
-            if option not in entry.signature.parameters:
-                raise OptionError(
-                    f"the preset of {name!r} sets {option!r}, which {builder!r} lacks."
-                )
+        fixed = types.MappingProxyType(dict(preset or {}))
+        if builder is None:
+            return functools.partial(
+                self.register,
+                name,
+                summary=summary,
+                paper=paper,
+                preset=fixed,
+                source=source,
+                overwrite=overwrite,
+            )
+        if not callable(builder):
+            raise OptionError(f"the builder of {name!r} must be a class or function: {builder!r}.")
+        entry = Entry(name, builder, summary, paper, fixed, source)
+        try:
+            entry.check(fixed)
+        except OptionError as error:
+            raise OptionError(f"the preset of {error}") from None
         self._entries[name] = entry
         return builder
 
@@ -152,7 +206,8 @@ class Registry:
         Raises:
             UnknownNameError: There is none; the message shows the closest names.
         """
-        self._load()
+        if name not in self._entries:
+            self._load()
         if name not in self._entries:
             raise unknown(self.kind, str(name), self._entries, self.listing)
         return self._entries[name]
@@ -160,10 +215,15 @@ class Registry:
     def names(self, pattern: str = "*") -> list[str]:
         """Names that match a glob, in natural order (`v2` before `v10`)."""
         self._load()
-        return sorted(fnmatch.filter(self._entries, pattern), key=_natural)
+        return sorted((n for n in self._entries if fnmatch.fnmatchcase(n, pattern)), key=_natural)
 
     def build(self, name: str, options: Mapping[str, Any]) -> Any:
-        """Checks the options and calls the builder."""
+        """Checks the options and calls the builder.
+
+        Raises:
+            UnknownNameError: There is no such entry.
+            OptionError: An option is unknown, missing or of the wrong type.
+        """
         entry = self.get(name)
         return entry.builder(**entry.bind(options))
 
@@ -174,11 +234,16 @@ class Registry:
         for point in metadata.entry_points(group=self.group):
             try:
                 found = point.load()
-                if callable(found):
+                if inspect.isclass(found):
+                    if all(entry.builder is not found for entry in self._entries.values()):
+                        summary = (found.__doc__ or "").strip().partition("\n")[0]
+                        self.register(point.name, found, summary=summary)
+                elif callable(found):
                     found()
             except Exception as error:  # whatever a foreign package does wrong, ours goes on
                 warnings.warn(
-                    f"skipped {point.value!r} ({self.group}): {type(error).__name__}: {error}",
+                    f"skipped the {self.kind} {point.name!r} of another package "
+                    f"({point.value!r}): {type(error).__name__}: {error}",
                     stacklevel=3,
                 )
 
@@ -189,33 +254,37 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotated type, as far as options need it."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, args[0])
+    if origin in (Union, types.UnionType):
         return any(_fits(value, a) for a in args)
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in args)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
-        inner = args[0] if args else Any
-        return (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
-            and all(_fits(v, inner) for v in value)
-        )
-    if origin is not None:
-        return isinstance(value, origin) if inspect.isclass(origin) else True
-    return isinstance(value, hint) if inspect.isclass(hint) else True
+    kind = origin or hint
+    if kind in (int, float):
+        allowed = (int, float) if kind is float else int
+        return isinstance(value, allowed) and not isinstance(value, bool)
+    if kind is Any or not inspect.isclass(kind):
+        return True
+    if issubclass(kind, Sequence) and not issubclass(kind, (str, bytes)):  # JSON has lists only
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False
+        if kind is tuple and args and args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(map(_fits, value, args))
+        return all(_fits(v, a) for v in value for a in args[:1])
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # protocols and typed dicts
+        return True
 
 
 def _spell(hint: Any) -> str:
     """An annotation in words."""
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
+    args = get_args(hint)
+    if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(a) for a in args)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_spell(a) for a in args)
     if hint is type(None):
         return "None"

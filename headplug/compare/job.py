@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ import torch
 
 from headplug.compare.data import ImageData, load_data
 from headplug.compare.machine import head_step_ms, machine, versions
-from headplug.compare.plan import HeadChoice, Plan
+from headplug.compare.plan import Plan
 from headplug.compare.processes import is_first, wait
 from headplug.compare.recipes import recipe
 from headplug.compare.report import write_report
-from headplug.compare.run import Runner, trained_head
+from headplug.compare.run import RECORD, Runner, trained_head
 from headplug.compare.summary import summarize
 from headplug.errors import HeadplugError, RunError
 from headplug.files import write_json
@@ -58,28 +57,24 @@ def compare(plan: Plan, say: Say = print, command: str = "") -> dict[str, Any]:
     with torch.random.fork_rng():
         runner = Runner(plan, data)
         _claim(plan, data)
-        for choice, seed, folder in _todo(plan):
+        for choice, seed in plan.runs:
+            folder = plan.folder_of(choice, seed)
+            if (folder / RECORD).is_file():
+                continue
             try:
-                line = runner(choice, seed, folder)
-                if first:
-                    say(f"done: {choice.label}, seed {seed}: {line}")
+                line = f"done: {choice.label}, seed {seed}: {runner(choice, seed, folder)}"
             except HeadplugError as error:
                 failed.append({"head": choice.label, "seed": seed, "error": str(error)})
-                if first:
-                    say(f"failed: {choice.label}, seed {seed}: {error}")
-            if first:
-                results = _write_results(plan, data, failed, command)
+                line = f"failed: {choice.label}, seed {seed}: {error}"
             wait()
-        if first and not results:  # all were done before
+            if first:
+                say(line)
+                results = _write_results(plan, data, failed, command)
+        if first and not results:  # all were finished before
             results = _write_results(plan, data, failed, command)
     if first and not results["runs"]:
         raise RunError(f"every run failed; the first: {failed[0]['error']}")
     return results
-
-
-def _todo(plan: Plan) -> list[tuple[HeadChoice, int, Path]]:
-    every = [(c, s, plan.folder_of(c, s)) for s in plan.seeds for c in plan.choices]
-    return [(c, s, f) for c, s, f in every if not (f / "run.json").is_file()]
 
 
 def _claim(plan: Plan, data: ImageData) -> None:
@@ -105,9 +100,9 @@ def _write_results(
     plan: Plan, data: ImageData, failed: list[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     """Gathers the finished runs of a plan and writes results.json and report.html."""
-    every = {(c.label, s): plan.folder_of(c, s) for c in plan.choices for s in plan.seeds}
-    folders = {key: f for key, f in every.items() if (f / "run.json").is_file()}
-    runs = [json.loads((f / "run.json").read_text("utf-8")) for f in folders.values()]
+    every = {(c.label, s): plan.folder_of(c, s) for c, s in plan.runs}
+    folders = {key: f for key, f in every.items() if (f / RECORD).is_file()}
+    runs = [json.loads((f / RECORD).read_text("utf-8")) for f in folders.values()]
     hits = {}
     for key, folder in folders.items():
         with np.load(folder / "hits.npz") as file:
@@ -143,6 +138,7 @@ def _write_results(
         ),
         "definitions": DEFINITIONS,
     }
-    write_json(plan.folder / "results.json", results)
-    write_report(results, plan.folder / "report.html")
+    if runs:
+        write_json(plan.folder / "results.json", results)
+        write_report(results, plan.folder / "report.html")
     return results

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headplug.errors import OptionError
+from headplug.compare.recipes import recipe
+from headplug.errors import OptionError, unknown
 from headplug.heads import create_head, describe_head
+from headplug.probing import PROBES
 
 WIDTH_OPTIONS = ("embedding_dim", "hidden_dim")  # what `widths` means to a head
 SWEEPS = ("seeds", "heads", "widths", "output_dims", "activations", "kappas")
@@ -104,9 +106,10 @@ class Plan:
                 raise OptionError(f"{name} must name each thing once; it is {values}.")
         if self.stem not in ("auto", "small", "default"):
             raise OptionError(f"stem must be auto, small or default, not {self.stem!r}.")
-        from headplug.compare.recipes import recipe  # lightly is heavy
-
         recipe(self.recipe)
+        for probe in self.probes:
+            if probe not in PROBES:
+                raise unknown("probe", probe, PROBES)
         object.__setattr__(self, "choices", self._grid())
 
     @property
@@ -133,6 +136,11 @@ class Plan:
     def folder_of(self, choice: HeadChoice, seed: int) -> Path:
         """Where one run lives."""
         return self.folder / f"{choice.slug}-seed{seed}"
+
+    @property
+    def runs(self) -> list[tuple[HeadChoice, int]]:
+        """Every head with every seed."""
+        return [(c, s) for s in self.seeds for c in self.choices]
 
     @property
     def shared(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from headplug.compare.data import ImageData
 from headplug.compare.plan import HeadChoice, Plan
 from headplug.compare.processes import is_first, wait
 from headplug.compare.recipes import recipe
-from headplug.compare.train import SSLModel, train
+from headplug.compare.train import EpochBatches, SSLModel, train
 from headplug.device import pick_device
 from headplug.files import atomic, write_json
 from headplug.heads import AEEmbeddingHead, create_head, describe_head
@@ -35,6 +35,7 @@ from headplug.store import FeatureStore, extract_features
 from headplug.swap import ANCHOR
 
 HEAD = "projection_head."
+RECORD = "run.json"
 
 
 class Runner:
@@ -45,11 +46,13 @@ class Runner:
         data: Its images.
 
     Raises:
-        UnknownNameError, OptionError: The backbone does not exist or cannot take the images.
+        UnknownNameError, OptionError: The backbone does not exist or cannot take the images, or
+            these do not fill a batch.
     """
 
     def __init__(self, plan: Plan, data: ImageData) -> None:
         self.plan, self.data = plan, data
+        EpochBatches(len(data.train), plan.batch_size, world_size=plan.devices * plan.nodes)
         self.width = int(self._backbone(0).num_features)  # type: ignore[arg-type]
         mean, std = statistics(data.train.tensor(), plan.standardize)
         self.views = Views(data.train.shape, mean, std)
@@ -158,7 +161,7 @@ class Runner:
 
 def trained_head(folder: Path) -> nn.Module:
     """The head of a finished run, with its weights."""
-    record = json.loads((folder / "run.json").read_text("utf-8"))
+    record = json.loads((folder / RECORD).read_text("utf-8"))
     state = read_state_dict(folder / "model.safetensors")
     head = create_head(record["head_config"])
     names = {k: k.removeprefix(HEAD) for k in state if k.startswith(HEAD)}
@@ -177,7 +180,7 @@ def _finish(
         save_file(weights, partial, metadata={"head": json.dumps(record["head_config"])})
     with atomic(folder / "hits.npz") as partial, partial.open("wb") as file:
         np.savez_compressed(file, **{k: v.numpy() for k, v in hits.items()})
-    write_json(folder / "run.json", record)
+    write_json(folder / RECORD, record)
     (folder / "checkpoint.ckpt").unlink(missing_ok=True)
 
 

@@ -157,7 +157,7 @@ class SSLModel(pl.LightningModule):
         update_momentum(self.projection_head, self.projection_head_momentum, m)
 
     def _check_finite(self) -> None:
-        step = int(self._bad_step)
+        step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="max"))
         if step >= 0:
             raise RunError(
                 f"the loss is not a finite number at step {step} (epoch {self.current_epoch}, "

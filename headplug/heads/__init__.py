@@ -56,6 +56,9 @@ def describe_head(name: str) -> Entry:
     Raises:
         UnknownNameError: No head has that name; the message shows the closest ones.
 
+    >>> describe_head("identity")
+    identity: no head: the loss sees the representation itself
+      options  input_dim (required), output_dim=None
     >>> describe_head("byol").defaults["hidden_dim"]
     4096
     """
@@ -82,39 +85,46 @@ def create_head(name: str | Mapping[str, Any], /, **options: Any) -> nn.Module:
     64
     """
     if isinstance(name, Mapping):
-        given = {str(k): _plain(v) for k, v in name.items()}
-        if "name" not in given:
-            raise OptionError(f"a head's mapping needs the key 'name'; it has {sorted(given)}.")
-        options = {**given, **options}
+        options = {**name, **options}
+        if "name" not in options:
+            keys = ", ".join(map(str, options)) or "nothing"
+            raise OptionError(f"a head's mapping needs the key 'name'; it has {keys}.")
         name = options.pop("name")
     if not isinstance(name, str):
         raise OptionError(f"a head is named by a string or a mapping, not by {name!r}.")
     entry = HEADS.get(name)
-    bound = entry.bind(options)
+    bound = entry.bind({str(k): _plain(v) for k, v in options.items()})
     head: object = entry.builder(**bound)
+    if not isinstance(head, nn.Module):
+        raise OptionError(f"the builder of {name!r} returned {type(head).__name__}, not a module.")
+    config = {"name": name, **{k: v for k, v in bound.items() if k != "weights"}}
     if isinstance(head, ProjectionHead):
         head.name = name
-    elif isinstance(head, nn.Module):
-        _complete(head, name, bound)
-    else:
-        raise OptionError(f"the builder of {name!r} returned {type(head).__name__}, not a module.")
+        if type(head) is not entry.builder or entry.open_ended:
+            head.recipe = config
+        return head
+    return _complete(head, config)
+
+
+def _complete(head: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Gives a third party's plain module what every head here has, unless it has it already."""
+    widths = {width: config.get(width) for width in ("input_dim", "output_dim")}
+    for attribute, value in {"config": config, **widths}.items():
+        if getattr(head, attribute, None) is None:
+            if value is None:
+                raise OptionError(
+                    f"the head {config['name']!r} was given no {attribute} and must set "
+                    f"`self.{attribute}`."
+                )
+            setattr(head, attribute, value)
     return head
 
 
-def _complete(head: nn.Module, name: str, bound: Mapping[str, Any]) -> None:
-    """Gives a third party's plain module what every head here has, unless it has it already."""
-    for attribute, value in {"config": {"name": name, **bound}, **bound}.items():
-        if attribute in ("config", "input_dim", "output_dim") and not hasattr(head, attribute):
-            setattr(head, attribute, value)
-    if not hasattr(head, "output_dim"):
-        raise OptionError(f"the head {name!r} takes no output_dim and must set `self.output_dim`.")
-
-
 def _plain(value: Any) -> Any:
-    """Containers of any library as lists and dicts."""
+    """Containers of any library as lists and dicts; a tuple, such as a pair of tensors, stays."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
         return [_plain(v) for v in value]
     return value
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from headplug.checkpoints import read_embedding
 from headplug.errors import DimensionError, HeadplugError
-from headplug.heads.base import ProjectionHead, make_activation, positive
+from headplug.heads.base import ACTIVATIONS, ProjectionHead, choose, positive
 
 Weights = str | Path | Mapping[str, Any] | nn.Module | tuple[Tensor, Tensor]
 
@@ -95,13 +95,11 @@ class AEEmbeddingHead(ProjectionHead):
         self.layers = nn.Sequential(
             OrderedDict(
                 embedding=linear(input_dim, embedding_dim),
-                activation=make_activation(activation),
+                activation=choose("activation", activation, ACTIVATIONS)(),
                 output=nn.Linear(embedding_dim, output_dim),
             )
         )
-        self.register_buffer(
-            "pretrained", torch.zeros(())
-        )  # in the state dict, so that it is known
+        self.register_buffer("pretrained", torch.zeros(()))  # tells those who load the state dict
         self._is_pretrained = False
         if pretrained is not None:
             self._fill(*pretrained)

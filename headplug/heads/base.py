@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from headplug.errors import DimensionError, OptionError, unknown
 
+T = TypeVar("T")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
@@ -17,17 +19,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "identity": nn.Identity,
 }
-
-
-def make_activation(name: str) -> nn.Module:
-    """The activation of that name.
-
-    Raises:
-        OptionError: There is none; the message lists them.
-    """
-    if name not in ACTIVATIONS:
-        raise OptionError(str(unknown("activation", str(name), ACTIVATIONS)))
-    return ACTIVATIONS[name]()
 
 
 class ProjectionHead(nn.Module):
@@ -46,6 +37,7 @@ class ProjectionHead(nn.Module):
     """
 
     name = ""
+    recipe: Mapping[str, Any] | None = None  # the config, where the constructor does not show it
     layers: nn.Module
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
@@ -55,9 +47,20 @@ class ProjectionHead(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What makes `create_head` build this head again, without its weights."""
-        options = inspect.signature(type(self)).parameters
-        return {"name": self.name, **{o: getattr(self, o) for o in options if o != "weights"}}
+        """What makes `create_head` build this head again, without its weights.
+
+        Raises:
+            OptionError: The class does not store a constructor argument.
+        """
+        if self.recipe is not None:
+            return dict(self.recipe)
+        options = [o for o in inspect.signature(type(self)).parameters if o != "weights"]
+        for option in options:
+            if not hasattr(self, option):
+                raise OptionError(
+                    f"{type(self).__name__} takes {option!r} and must store it as `self.{option}`."
+                )
+        return {"name": self.name, **{o: getattr(self, o) for o in options}}
 
     def forward(self, x: Tensor) -> Tensor:
         """Projects `x` of shape `(..., input_dim)`.
@@ -71,10 +74,8 @@ class ProjectionHead(nn.Module):
                 f"the input has shape {tuple(x.shape)}. Pool or flatten it, or build the head with "
                 f"input_dim={x.shape[-1]}."
             )
-        if x.ndim <= 2:
-            return self.project(x)
-        z: Tensor = self.project(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        return z
+        z = self.project(x.reshape(-1, self.input_dim))
+        return z.reshape(*x.shape[:-1], self.output_dim)
 
     def project(self, x: Tensor) -> Tensor:
         """The head itself, on `(batch, input_dim)`."""
@@ -84,6 +85,17 @@ class ProjectionHead(nn.Module):
     def extra_repr(self) -> str:
         """The config, for `print(head)`."""
         return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
+
+
+def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """What a table holds under a name.
+
+    Raises:
+        OptionError: Nothing; the message lists the names.
+    """
+    if not isinstance(name, str) or name not in table:
+        raise OptionError(str(unknown(kind, str(name), table)))
+    return table[name]
 
 
 def positive(name: str, value: int) -> int:

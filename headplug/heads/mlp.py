@@ -7,14 +7,20 @@ carry over from lightly's heads and back.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import nn
 
-from headplug.errors import OptionError, unknown
-from headplug.heads.base import ProjectionHead, make_activation, positive
+from headplug.heads.base import ACTIVATIONS, ProjectionHead, choose, positive
 
 Norm = Literal["batch", "batch_no_affine", "layer", "none"]
+NORMS: dict[str, Callable[[int], list[nn.Module]]] = {
+    "batch": lambda width: [nn.BatchNorm1d(width)],
+    "batch_no_affine": lambda width: [nn.BatchNorm1d(width, affine=False)],
+    "layer": lambda width: [nn.LayerNorm(width)],
+    "none": lambda width: [],
+}
 
 
 class MLPHead(ProjectionHead):
@@ -60,23 +66,16 @@ class MLPHead(ProjectionHead):
         self.activation = activation
         self.norm = norm
         self.output_norm = output_norm
-        widths = [input_dim, *[self.hidden_dim] * (num_layers - 1), output_dim]
+        make_activation = choose("activation", activation, ACTIVATIONS)
+        make_norm = choose("norm", norm, NORMS)
+        make_output_norm = choose("output_norm", output_norm, NORMS)
+        widths = [input_dim, *[self.hidden_dim] * (num_layers - 1)]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in itertools.pairwise(widths[:-1]):
-            layers += [*_linear(fan_in, fan_out, norm), make_activation(activation)]
-        self.layers = nn.Sequential(*layers, *_linear(widths[-2], output_dim, output_norm))
-
-
-def _linear(fan_in: int, fan_out: int, norm: Norm) -> list[nn.Module]:
-    norms: dict[str, list[nn.Module]] = {
-        "batch": [nn.BatchNorm1d(fan_out)],
-        "batch_no_affine": [nn.BatchNorm1d(fan_out, affine=False)],
-        "layer": [nn.LayerNorm(fan_out)],
-        "none": [],
-    }
-    if norm not in norms:
-        raise OptionError(str(unknown("norm", str(norm), norms)))
-    return [nn.Linear(fan_in, fan_out, bias=norm == "none"), *norms[norm]]
+        for fan_in, fan_out in itertools.pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out, bias=norm == "none"), *make_norm(fan_out)]
+            layers.append(make_activation())
+        layers.append(nn.Linear(widths[-1], output_dim, bias=output_norm == "none"))
+        self.layers = nn.Sequential(*layers, *make_output_norm(output_dim))
 
 
 def _preset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,7 @@ class ReweightingHead(ProjectionHead):
 
     def __init__(self, input_dim: int, output_dim: int | None = None, kappa: float = 1.05) -> None:
         super().__init__(input_dim, same_dim(self.name, input_dim, output_dim))
-        if not math.isfinite(kappa) or kappa < 1:
+        if not 1 <= kappa <= sys.float_info.max:  # not, so that nan is refused
             raise OptionError(f"kappa must be a finite number of at least 1, not {kappa!r}.")
         self.kappa = float(kappa)
         exponents = torch.arange(input_dim, dtype=torch.float64, device="cpu")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from headplug.probing.knn import KNNSetting, knn_grid, knn_predict
-from headplug.probing.layerwise import Features, probe_layers
+from headplug.probing.layerwise import PROBES, Features, probe_layers
 from headplug.probing.linear import LinearModels, LinearSetting, fit_linear, linear_grid
 from headplug.probing.report import LayerReport, wilson_interval
 from headplug.probing.ridge import RidgeSetting, fit_ridge, ridge_grid
@@ -20,6 +20,7 @@ from headplug.probing.spectrum import (
 
 __all__ = [
     "DEFINITIONS",
+    "PROBES",
     "Features",
     "KNNSetting",
     "LayerReport",
