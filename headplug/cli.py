@@ -52,7 +52,7 @@ def heads(
     keys = ("name", "summary", "paper", "source", "defaults")
     rows = [{k: getattr(e, k) for k in keys} for e in entries]
     if json_:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1, default=str))
     elif len(rows) == 1:
         for key, value in rows[0].items():
             if key == "defaults":
@@ -78,7 +78,7 @@ def taps(
     backbone = build_backbone(model.removeprefix("timm:"), shape, "default")
     rows = list_taps(backbone, torch.zeros(1, *shape))
     if json_:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1, default=str))
     else:
         columns = ["path", "type", "shape", "calls"]
         _table(columns, [[str(r[c]) for c in columns] for r in rows])
@@ -225,34 +225,32 @@ def report(
 def main() -> NoReturn:
     """The console script: exit code 0, 2 for a mistake in what was typed, 1 for other failures."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False) or 0  # typer returns 130 for Ctrl-C
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped; the same command goes on after the last whole epoch.", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except Exception as error:
         if state["debug"]:
             raise
+        code, message = _explain(error)
+        if message:
+            print(f"error: {message}", file=sys.stderr)
+    if code == 130:
+        print("stopped; the same command goes on after the last whole epoch.", file=sys.stderr)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the one line that an error deserves."""
+    if hasattr(error, "format_message"):  # typer's own: an unknown option or command
+        message = error.format_message()
+        return 2, f"{message} See headplug --help." if message else ""
+    if isinstance(error, HeadplugError):
         usage = isinstance(error, OptionError | UnknownNameError | DimensionError)
-        if hasattr(error, "format_message"):  # typer's own: an unknown option or command
-            print(f"error: {error.format_message()} See headplug --help.", file=sys.stderr)
-            usage = True
-        elif isinstance(error, HeadplugError):
-            print(f"error: {error}", file=sys.stderr)
-        elif isinstance(error, ImportError):
-            print(
-                f"error: {error.name or error} is missing; install it with: pip install "
-                "'headplug[compare]'",
-                file=sys.stderr,
-            )
-        else:
-            print(
-                f"error: {type(error).__name__}: {error} (headplug --debug ... shows where)",
-                file=sys.stderr,
-            )
-        sys.exit(2 if usage else 1)
-    sys.exit(0)
+        return 2 if usage else 1, str(error)
+    if isinstance(error, ImportError):
+        missing = error.name or error
+        return 1, f"{missing} is missing; install it with: pip install 'headplug[compare]'"
+    return 1, f"{type(error).__name__}: {error} (headplug --debug ... shows where)"
 
 
 def _under_torchrun(devices: int, nodes: int) -> NoReturn:

@@ -8,39 +8,44 @@ functions.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Protocol
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from headplug.errors import SlotError, unknown
+from headplug.errors import SlotError
 from headplug.heads import ProjectionHead
+from headplug.modules import dims, inside, named_modules, parent, paths_of, submodule
+from headplug.twins import find_twin
 
 ROLE_BY_NAME = {
     "projection_head": "projection",
     "projector": "projection",
     "projection": "projection",
     "proj_head": "projection",
+    "local_projection_head": "local projection",
     "prediction_head": "prediction",
     "predictor": "prediction",
     "prototypes": "prototypes",
+    "last_layer": "prototypes",
 }
 BEHIND = ("prediction", "prototypes")  # roles whose input is the projection
-COPY_WORDS = ("momentum", "ema", "teacher", "student", "target", "online", "key", "query", "anchor")
+TENSORS_BEHIND = {"queue": "queue", "bank": "queue", "proto": "prototypes", "cent": "loss centre"}
 
 
 @dataclass(frozen=True)
 class Dependent:
-    """A module whose shape follows the output of a head.
+    """Something whose shape follows the output of a head.
 
     Attributes:
-        path: Where it is in the model.
-        kind: What it is: "prediction", "prototypes", "memory bank", "loss".
+        path: The module or tensor in the model.
+        kind: What it is: "prediction", "prototypes", "memory bank", "queue", "loss centre", ...
         width: The width of the projection that it is made for.
     """
 
@@ -61,6 +66,9 @@ class HeadSlot:
         twin: Path of its EMA copy, if it has one.
         dependents: What is made for its output.
         aliases: Other paths of the same module.
+        maybe_twins: Paths that may be its EMA copy, where that is unclear; `swap_head` asks then.
+        calls: Methods that the host's training loop calls on the head; a new head that lacks them
+            gets ones that do nothing.
     """
 
     path: str
@@ -70,6 +78,8 @@ class HeadSlot:
     twin: str | None = None
     dependents: tuple[Dependent, ...] = ()
     aliases: tuple[str, ...] = ()
+    maybe_twins: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line: path, role, dims, twin."""
@@ -89,11 +99,18 @@ class HostAdapter(Protocol):
         """The slots of such a model.
 
         Raises:
-            SlotError: The model is known to have no head, or it is unclear which copy is trained.
+            SlotError: The model is known to have no head; the message says why.
+        """
+
+    def describe(self, model: nn.Module, path: str) -> HeadSlot:
+        """The slot at a path that the user names and `find_slots` does not show.
+
+        Raises:
+            SlotError: The widths of the module there cannot be read.
         """
 
 
-RoleOf = Callable[[nn.Module], str | None]
+RoleOf = Callable[[str, nn.Module], str | None]
 WidthOf = Callable[[nn.Module], tuple[str, int] | None]
 
 
@@ -125,168 +142,157 @@ def find_slots(model: nn.Module) -> list[HeadSlot]:
         The slots in the order of the model's modules; EMA copies appear as `twin` of theirs.
 
     Raises:
-        SlotError: Two copies of a head are there and nothing shows which one is trained.
+        SlotError: The model is known to have no head (a masked autoencoder, say).
 
     >>> model = nn.ModuleDict({"backbone": nn.Identity(), "projector": nn.Linear(8, 4)})
     >>> print(*find_slots(model))
     projector (projection, 8 > 4)
     """
-    for adapter in adapters():
-        if adapter.recognises(model):
-            return adapter.find_slots(model)
-    return slots_by_role(model)
+    host = _host(model)
+    return host.find_slots(model) if host else slots_by_role(model)
+
+
+def slot_at(model: nn.Module, path: str) -> HeadSlot:
+    """The slot at a path, whether `find_slots` shows it or not.
+
+    Raises:
+        UnknownNameError: The model has no such module.
+        SlotError: The widths of the module cannot be read.
+    """
+    submodule(model, path)
+    with suppress(SlotError):  # a model without a known head may still have the named one
+        for slot in find_slots(model):
+            if path in (slot.path, *slot.aliases):
+                return slot
+    found: HeadSlot = getattr(_host(model), "describe", describe)(model, path)
+    return found
 
 
 def slots_by_role(
-    model: nn.Module, role_of: RoleOf = lambda m: None, width_of: WidthOf = lambda m: None
+    model: nn.Module, role_of: RoleOf = lambda p, m: None, width_of: WidthOf = lambda m: None
 ) -> list[HeadSlot]:
     """Describes every module that has a role, pairs EMA twins and lists dependents.
 
     Args:
         model: The model.
-        role_of: The role of a module of the host's, or None.
+        role_of: The role of a module of the host's, from its path and itself; "" where it surely
+            has none, None where names may tell.
         width_of: For other modules made for the projection's width (queues, losses): kind and
             width.
-
-    Raises:
-        SlotError: As in `find_slots`.
     """
-    roles = {p: r for p, m in named_modules(model) if (r := role_of(m) or _plain_role(p, m))}
-    roles = {p: r for p, r in roles.items() if not _inside(p, roles) and dims(model, p)}
-    twins = {p: find_twin(model, p, roles) for p in roles}
-    taken = set(twins.values())
-    return [
-        describe(model, p, r, twins[p], roles, width_of) for p, r in roles.items() if p not in taken
-    ]
+    roles = _roles(model, role_of)
+    slots = [_describe(model, path, roles, width_of) for path in roles]
+    copies = [submodule(model, s.twin) for s in slots if s.twin]
+    return [s for s in slots if all(submodule(model, s.path) is not c for c in copies)]
 
 
 def describe(
     model: nn.Module,
     path: str,
-    role: str = "projection",
-    twin: str | None = None,
-    roles: Mapping[str, str] | None = None,
+    role_of: RoleOf = lambda p, m: None,
     width_of: WidthOf = lambda m: None,
 ) -> HeadSlot:
-    """The slot at a path.
+    """The slot at a path; a module whose role is unknown is taken for a projection head.
+
+    Args:
+        model: The model.
+        path: Any module with linear layers, or with attributes `input_dim` and `output_dim`.
+        role_of: As in `slots_by_role`.
+        width_of: As in `slots_by_role`.
 
     Raises:
         UnknownNameError: The model has no such module.
         SlotError: The widths of the module cannot be read.
     """
     module = submodule(model, path)
-    widths = dims(model, path)
-    if widths is None:
+    if dims(module) is None:
         raise SlotError(
-            f"{path!r} is a {type(module).__name__} without linear layers, so its widths are "
-            "unknown. Pass a head that is already built."
+            f"{path!r} is a {type(module).__name__} whose widths are unknown: it has no linear "
+            f"layers. Say them: model.{path}.input_dim = 512; model.{path}.output_dim = 512."
         )
-    dependents: tuple[Dependent, ...] = ()
-    if role == "projection":
-        behind = [
-            Dependent(p, r, inside[0])
-            for p, r in (roles or {}).items()
-            if r in BEHIND and p != path and (inside := dims(model, p)) and inside[0] == widths[1]
-        ]
-        others = [
-            Dependent(p, *made)
-            for p, m in named_modules(model)
-            if (made := width_of(m)) and made[1] == widths[1]
-        ]
-        dependents = (*behind, *others)
-    aliases = tuple(
-        p for p, m in model.named_modules(remove_duplicate=False) if m is module and p != path
+    path = paths_of(model, module)[0]
+    return _describe(model, path, _roles(model, role_of, path), width_of)
+
+
+def _host(model: nn.Module) -> HostAdapter | None:
+    return next((a for a in adapters() if a.recognises(model)), None)
+
+
+def _roles(model: nn.Module, role_of: RoleOf, named: str | None = None) -> dict[str, str]:
+    """Role by path, without what lies inside a head; a named path is a head, what holds it none."""
+    roles: dict[str, str] = {}
+    first = {module: path for path, module in named_modules(model)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not path or first[module] in roles or (named and inside(named, path)):
+            continue
+        role = role_of(path, module)
+        if role is None:
+            role = plain_role(path, module)
+        if path == named:
+            role = role or "projection"
+        if role and dims(module) and not any(inside(path, head) for head in roles):
+            roles[first[module]] = role
+    return roles
+
+
+def plain_role(path: str, module: nn.Module) -> str | None:
+    """The role of a module of no known host, by its name and by headplug's own classes."""
+    by_name = ROLE_BY_NAME.get(path.rpartition(".")[2])
+    if path.count(".") > 1:  # deeper ones belong to a backbone
+        by_name = None
+    if by_name or not isinstance(module, ProjectionHead):
+        return by_name
+    return "prediction" if module.name.endswith("_predictor") else "projection"
+
+
+def _describe(model: nn.Module, path: str, roles: dict[str, str], width_of: WidthOf) -> HeadSlot:
+    module = submodule(model, path)
+    widths = dims(module)
+    assert widths is not None  # `_roles` keeps none else
+    twin, maybe = find_twin(model, path, roles)
+    dependents = {
+        d.path: d for d in _dependents(model, path, roles, width_of) if d.width == widths[1]
+    }
+    return HeadSlot(
+        path,
+        roles[path],
+        *widths,
+        twin=twin,
+        dependents=tuple(dependents.values()),
+        aliases=tuple(p for p in paths_of(model, module) if p != path),
+        maybe_twins=maybe,
     )
-    return HeadSlot(path, role, *widths, twin, dependents, aliases)
 
 
-def find_twin(model: nn.Module, path: str, among: Mapping[str, str] | None = None) -> str | None:
-    """The EMA copy of the module at a path, told by structure and `requires_grad`.
-
-    Args:
-        model: The model.
-        path: The head that is trained.
-        among: Paths that come into question; left out, every module.
-
-    Returns:
-        The path of the copy, or None if there is none or the module itself is frozen.
-
-    Raises:
-        SlotError: Several modules could be the copy, or two are trained and named like a pair.
-    """
-    module = submodule(model, path)
-    same = [
-        (p, m)
-        for p, m in named_modules(model)
-        if (among is None or p in among)
-        and m is not module
-        and not p.startswith(path + ".")
-        and not path.startswith(p + ".")
-        and _structure(m) == _structure(module)
-    ]
-    if not _trains(module) or not _structure(module)[1]:
-        return None
-    frozen = [p for p, m in same if not _trains(m)]
-    if len(frozen) > 1:  # two pairs of equal heads: global and local
-        likeness = {p: difflib.SequenceMatcher(None, p, path).ratio() for p in frozen}
-        best = max(likeness.values())
-        frozen = [p for p in frozen if likeness[p] == best]
-    if len(frozen) == 1:
-        return frozen[0]
-    pair = [p for p, _ in same if any(w in f"{p}.{path}".lower() for w in COPY_WORDS)]
-    if frozen or pair:
-        names = ", ".join(frozen or pair)
-        raise SlotError(
-            f"{path} and {names} are alike and nothing shows which is the EMA copy (its parameters "
-            f"should have requires_grad=False). Say so: slot={path!r}, "
-            f"twin={(frozen or pair)[0]!r}, or twin=None if they are independent."
-        )
-    return None
-
-
-def dims(model: nn.Module, path: str) -> tuple[int, int] | None:
-    """Widths of a module: its own attributes, or those of its first and last linear layer."""
-    module = submodule(model, path)
-    if isinstance(getattr(module, "input_dim", None), int) and hasattr(module, "output_dim"):
-        return module.input_dim, module.output_dim  # type: ignore[return-value]
-    linear = [
-        m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")
-    ]
-    return (linear[0].in_features, linear[-1].out_features) if linear else None  # type: ignore[return-value]
-
-
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module but the root, once, with its first path."""
-    return [(p, m) for p, m in model.named_modules() if p]
-
-
-def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path.
-
-    Raises:
-        UnknownNameError: There is none; the message shows the closest paths.
-    """
-    paths: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if not path or path not in paths:
-        raise unknown("module", path, [p for p in paths if p], "print(model) shows them all.")
-    return paths[path]
-
-
-def _plain_role(path: str, module: nn.Module) -> str | None:
-    parents, _, last = path.rpartition(".")
-    by_name = None if "." in parents else ROLE_BY_NAME.get(last)  # deeper ones belong to a backbone
-    if isinstance(module, ProjectionHead):
-        return by_name or ("prediction" if module.name.endswith("_predictor") else "projection")
-    return by_name
-
-
-def _inside(path: str, others: Mapping[str, str]) -> bool:
-    return any(path.startswith(o + ".") for o in others)
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
-def _structure(module: nn.Module) -> tuple[type, list[tuple[str, tuple[int, ...]]]]:
-    return type(module), [(n, tuple(p.shape)) for n, p in module.named_parameters()]
+def _dependents(
+    model: nn.Module, path: str, roles: dict[str, str], width_of: WidthOf
+) -> Iterator[Dependent]:
+    """What may follow the output of the head at a path, with the width it is made for."""
+    own = dims(submodule(model, path))
+    others = {p: (r, d) for p, r in roles.items() if p != path and (d := dims(submodule(model, p)))}
+    if roles[path] == "prediction":  # the loss compares its output with the projection
+        yield from (Dependent(p, r, d[1]) for p, (r, d) in others.items() if r == "projection")
+    if roles[path] in BEHIND or own is None:
+        return
+    yield from (Dependent(p, r, d[0]) for p, (r, d) in others.items() if r in BEHIND)
+    for p, module in named_modules(model):
+        if made := width_of(module):
+            yield Dependent(p, *made)
+    holder = model.get_submodule(parent(path))
+    if isinstance(holder, nn.Sequential):
+        names = list(holder._modules)
+        for name in names[names.index(path.rpartition(".")[2]) + 1 :]:
+            if behind := dims(holder.get_submodule(name)):
+                yield Dependent(f"{parent(path)}.{name}".lstrip("."), "next layer", behind[0])
+                break
+    while path:  # tensors that the modules around the head hold themselves
+        path = parent(path)
+        around = model.get_submodule(path)
+        own_tensors = [
+            *around.named_parameters(recurse=False),
+            *around.named_buffers(recurse=False),
+        ]
+        for name, tensor in own_tensors:
+            kind = next((k for w, k in TENSORS_BEHIND.items() if w in name.lower()), None)
+            if (kind or tensor.ndim == 2) and not is_lazy(tensor) and own[1] in tensor.shape:
+                yield Dependent(f"{path}.{name}".lstrip("."), kind or "tensor", own[1])

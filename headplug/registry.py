@@ -265,7 +265,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind in (int, float):
         allowed = (int, float) if kind is float else int
         return isinstance(value, allowed) and not isinstance(value, bool)
-    if kind is Any or not inspect.isclass(kind):
+    if not inspect.isclass(kind):
         return True
     if issubclass(kind, Sequence) and not issubclass(kind, (str, bytes)):  # JSON has lists only
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -275,7 +275,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return all(_fits(v, a) for v in value for a in args[:1])
     try:
         return isinstance(value, kind)
-    except TypeError:  # protocols and typed dicts
+    except TypeError:  # protocols, typed dicts, Any
         return True
 
 

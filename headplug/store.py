@@ -1,35 +1,44 @@
 """Features on disk or in memory, by tap.
 
-A store on disk is a folder of safetensors shards, written as they come, and an index that is
-written last; reading it maps the shards into memory. In memory it is the same thing without the
-folder.
+A store that was opened from disk costs memory for a tap only when the tap is asked for; in memory
+it is the same thing. `headplug.shards` keeps the files.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headplug.errors import CheckpointError, DataError, RunError, unknown
-from headplug.files import atomic
+from headplug.errors import DataError, unknown
+from headplug.modes import evaluating
+from headplug.points import Layout, flat
 from headplug.progress import progress
-from headplug.taps import evaluating, features, resolve_points
+from headplug.shards import Writer, read_shards
+from headplug.taps import read
 
-INDEX = "store.json"
 Pool = Callable[[Tensor], Tensor]
 
 
 class FeatureStore:
     """Features `(N, D)` of several taps of the same N samples, with their labels.
 
-    Attributes:
-        points: The taps, in depth order.
+    Iterating gives the taps; the length is the number of samples.
+
+    Args:
+        features: For each tap its features, in parts that follow each other.
         labels: `(N,)` integers.
+
+    Attributes:
+        points: The taps, in depth order where they were extracted from a model.
+        labels: `(N,)` integers.
+
+    Raises:
+        DataError: There is no tap, a tap is not `(N, D)`, or the number of labels differs.
 
     >>> h = torch.rand(6, 4)
     >>> store = FeatureStore.from_tensors({"pre_projection": h}, labels=torch.arange(6))
@@ -37,14 +46,20 @@ class FeatureStore:
     (torch.Size([6, 4]), 6)
     """
 
-    def __init__(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        for point, values in features.items():
-            if values.ndim != 2 or len(values) != len(labels):
+    def __init__(self, features: Mapping[str, Sequence[Tensor]], labels: Tensor) -> None:
+        if not features:
+            raise DataError("a feature store needs at least one tap.")
+        for point, parts in features.items():
+            shapes = [tuple(p.shape) for p in parts]
+            rows = sum(s[0] for s in shapes if s)
+            if {len(s) for s in shapes} != {2} or len({s[1:] for s in shapes}) > 1:
+                found = ", ".join(sorted({str(s) for s in shapes}))
+                raise DataError(f"the features at {point!r} must be (N, D), not {found}.")
+            if rows != len(labels):
                 raise DataError(
-                    f"the features at {point!r} have shape {tuple(values.shape)}; with "
-                    f"{len(labels)} labels they must have shape ({len(labels)}, D)."
+                    f"{point!r} has {rows} samples, but there are {len(labels)} labels."
                 )
-        self._features = dict(features)
+        self._features = {point: list(parts) for point, parts in features.items()}
         self.points = list(features)
         self.labels = labels
 
@@ -52,60 +67,57 @@ class FeatureStore:
     def from_tensors(cls, features: Mapping[str, Any], labels: Any) -> FeatureStore:
         """A store of tensors or arrays that are already there.
 
+        Args:
+            features: For each tap `(N, D)` numbers.
+            labels: `(N,)` integers.
+
         Raises:
-            DataError: A tap is not `(N, D)`, or the number of labels differs.
+            DataError: A tap is not `(N, D)`, or the labels are not as many integers.
         """
-        return cls(
-            {k: torch.as_tensor(v) for k, v in features.items()}, torch.as_tensor(labels).long()
-        )
+        parts = {p: [_tensor(f"the features at {p!r}", v)] for p, v in features.items()}
+        return cls(parts, _labels(labels))
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureStore:
         """Reads a folder that `extract_features` finished writing.
 
         Raises:
-            CheckpointError: The folder has no index, or a shard is missing or damaged.
+            CheckpointError: The folder has no index, or the index or a shard is missing or damaged.
         """
-        from safetensors import safe_open
-
-        folder = Path(folder)
-        if not (folder / INDEX).is_file():
-            raise CheckpointError(
-                f"{folder} holds no finished feature store (no {INDEX}); extract again."
-            )
-        index = json.loads((folder / INDEX).read_text())
-        parts: dict[str, list[Tensor]] = {k: [] for k in (*index["points"], "labels")}
-        for name in index["shards"]:
-            try:
-                with safe_open(folder / name, "pt") as shard:
-                    for key, tensors in parts.items():
-                        tensors.append(shard.get_tensor(key))
-            except Exception as error:
-                raise CheckpointError(
-                    f"the shard {folder / name} is missing or damaged: {error}"
-                ) from None
-        joined = {k: v[0] if len(v) == 1 else torch.cat(v) for k, v in parts.items()}
-        labels = joined.pop("labels")
-        return cls(joined, labels)
+        return cls(*read_shards(Path(folder)))
 
     def __getitem__(self, point: str) -> Tensor:
         if point not in self._features:
-            raise unknown("tap", point, self.points, "store.points lists what was extracted.")
-        return self._features[point]
+            raise unknown("tap", str(point), self.points, "store.points lists what was extracted.")
+        parts = self._features[point]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.points)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __repr__(self) -> str:
-        dims = ", ".join(f"{p}: {self._features[p].shape[1]}" for p in self.points)
+        dims = ", ".join(f"{p}: {self._features[p][0].shape[1]}" for p in self.points)
         return f"FeatureStore({len(self)} samples; {dims})"
 
 
 def gap(x: Tensor) -> Tensor:
-    """Vectors: the mean over positions of maps `(B, C, H, W)` and of tokens `(B, N, C)`."""
-    if x.ndim == 4:
-        return x.mean(dim=(2, 3))
-    return x.mean(dim=1) if x.ndim == 3 else x.flatten(1)
+    """Vectors `(B, C)`: the mean over the positions of maps and tokens.
+
+    Args:
+        x: Maps `(B, C, H, W)`, or `(B, H, W, C)` where they are square and can be told; tokens
+            `(B, N, C)`, of which special ones count like the others; vectors `(B, C)`.
+
+    >>> gap(torch.ones(2, 8, 7, 7)).shape, gap(torch.ones(2, 7, 7, 8)).shape
+    (torch.Size([2, 8]), torch.Size([2, 8]))
+    """
+    if x.ndim == 3:
+        return x.mean(dim=1)
+    if x.ndim == 4 and x.shape[1] == x.shape[2] != x.shape[3]:  # channels last, as in Swin
+        return x.mean(dim=(1, 2))
+    return x.flatten(2).mean(dim=2) if x.ndim > 3 else x.reshape(len(x), -1)
 
 
 def extract_features(
@@ -124,7 +136,7 @@ def extract_features(
     Args:
         model: Any module; it runs in eval mode without autograd, and is left in the mode it had.
         loader: Yields `(images, labels, ...)`.
-        at: Points, see `headplug.taps`; a glob stands for all that it matches.
+        at: Points, see `headplug.points`; a glob stands for all that it matches.
         out: A folder to write to; left out, the store is in memory.
         pool: Makes vectors `(B, D)` of what a tap gives; by default the mean over positions.
         transform: Applied to each batch on the model's device, e.g. a normalisation.
@@ -132,11 +144,14 @@ def extract_features(
         show_progress: Whether to show a progress bar.
 
     Returns:
-        The store, float32, in the order of the loader.
+        The store, float32, samples in the order of the loader, taps in depth order.
 
     Raises:
         UnknownNameError: A point matches nothing.
-        DataError: The loader is empty or yields no labels, or a tap gives no tensor.
+        SlotError: `pre_projection` or `projection` of a model without one projection head.
+        TapError: A point was not reached.
+        DataError: The loader is empty or does not yield images and labels; or a tap, or `pool`,
+            gives something else than a row per image.
         RunError: `out` holds a store already, or cannot be written.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
@@ -144,82 +159,70 @@ def extract_features(
     >>> extract_features(model, batches, at=["0", "1"])
     FeatureStore(8 samples; 0: 8, 1: 8)
     """
-    at = [at] if isinstance(at, str) else list(at)
-    points = [p.name for ps in resolve_points(model, at).values() for p in ps]
-    parameter = next((t for t in (*model.parameters(), *model.buffers())), torch.empty(0))
-    writer = _Writer(points, None if out is None else Path(out), shard_size)
-    total = len(loader) if isinstance(loader, Sized) else None
+    layout = Layout(model)
+    points = flat(layout.resolve([at] if isinstance(at, str) else list(at)))
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    writer = Writer(None if out is None else Path(out), shard_size)
+    total = length_hint(loader) or None
     with evaluating(model), progress("features", total, show=show_progress) as advance:
         for batch in loader:
-            if not isinstance(batch, tuple | list) or len(batch) < 2:
-                raise DataError(
-                    f"the loader must yield (images, labels), not a {type(batch).__name__}; wrap "
-                    "it."
-                )
-            x = batch[0].to(parameter.device, non_blocking=True)
-            found = features(model, x if transform is None else transform(x), points)
-            writer.add([_vectors(p, v, pool) for p, v in zip(points, found, strict=True)], batch[1])
+            images, labels = _checked(batch)
+            x = images.to(device, non_blocking=True)
+            found = read(layout, points, x if transform is None else transform(x))
+            writer.add({p: _vectors(p, v, pool, len(labels)) for p, v in found.items()}, labels)
             advance("")
-    return writer.finish()
+    return FeatureStore(*writer.finish())
 
 
-def _vectors(point: str, value: Any, pool: Pool) -> Tensor:
+def _checked(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise DataError(
+            f"the loader must yield (images, labels), not a {type(batch).__name__}; wrap it."
+        )
+    images, labels = batch[0], _labels(batch[1])
+    if not isinstance(images, Tensor):
+        raise DataError(
+            f"the loader must yield a tensor of images first, not a {type(images).__name__}; use a "
+            "transform that gives one view of an image."
+        )
+    if len(images) != len(labels):
+        raise DataError(f"the loader yields {len(images)} images with {len(labels)} labels.")
+    return images, labels
+
+
+def _vectors(point: str, value: Any, pool: Pool, count: int) -> Tensor:
     if not isinstance(value, Tensor):
         raise DataError(
             f"{point!r} gives a {type(value).__name__}, not a tensor; tap a module inside it "
             "instead."
         )
-    return pool(value).float().cpu()
+    if value.shape[:1] != (count,):
+        raise DataError(
+            f"{point!r} gives shape {tuple(value.shape)} for {count} images; only what has a row "
+            "per image can be kept. Tap a module outside it instead."
+        )
+    vectors = pool(value)
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != count:
+        shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise DataError(
+            f"pool made {shape} of {tuple(value.shape)} at {point!r}; it must give ({count}, D)."
+        )
+    return vectors.float().cpu()
 
 
-class _Writer:
-    """Gathers batches and writes a shard whenever enough have come."""
+def _labels(labels: Any) -> Tensor:
+    found = _tensor("the labels", labels)
+    if found.ndim != 1 or found.is_floating_point() or found.is_complex():
+        kind = str(found.dtype).removeprefix("torch.")
+        raise DataError(
+            f"labels must be integers (N,), not {kind} {tuple(found.shape)}; convert them first."
+        )
+    return found.long().cpu()
 
-    def __init__(self, points: list[str], folder: Path | None, shard_size: int) -> None:
-        if folder is not None and (folder / INDEX).exists():
-            raise RunError(
-                f"{folder} holds a finished feature store; read it with FeatureStore.open(), or "
-                "name another folder."
-            )
-        self.points = points
-        self.folder = folder
-        self.shard_size = shard_size
-        self.batches: list[list[Tensor]] = []
-        self.shards: list[str] = []
 
-    def add(self, values: list[Tensor], labels: Any) -> None:
-        """Takes one batch."""
-        self.batches.append([*values, torch.as_tensor(labels).long().cpu()])
-        if self.folder and sum(len(b[-1]) for b in self.batches) >= self.shard_size:
-            self._flush(self.folder)
-
-    def finish(self) -> FeatureStore:
-        """Writes the rest and the index, and opens the store."""
-        if self.folder is None:
-            return self._joined()
-        if self.batches:
-            self._flush(self.folder)
-        if not self.shards:
-            raise DataError("the loader is empty: there is nothing to extract.")
-        with atomic(self.folder / INDEX) as partial:
-            partial.write_text(
-                json.dumps({"schema": 1, "points": self.points, "shards": self.shards})
-            )
-        return FeatureStore.open(self.folder)
-
-    def _joined(self) -> FeatureStore:
-        if not self.batches:
-            raise DataError("the loader is empty: there is nothing to extract.")
-        *values, labels = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
-        return FeatureStore(dict(zip(self.points, values, strict=True)), labels)
-
-    def _flush(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        store = self._joined()
-        name = f"shard-{len(self.shards):05d}.safetensors"
-        tensors = {p: store[p].contiguous() for p in self.points}
-        with atomic(folder / name) as partial:
-            save_file({**tensors, "labels": store.labels}, partial)
-        self.shards.append(name)
-        self.batches = []
+def _tensor(what: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{what} cannot be made a tensor: {error}.") from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from headplug.errors import SlotError
-from headplug.hosts import HeadSlot, slots_by_role
+from headplug.hosts import BEHIND, HeadSlot, describe, plain_role, slots_by_role
 
 ROLES = {
     "SwaVPrototypes": "prototypes",
@@ -17,9 +19,11 @@ DECODERS = {  # what these are trained with predicts pixels or tokens; there is 
     "AIMPredictionHead": "AIM",
     "MAEDecoder": "MAE",
     "MAEDecoderTIMM": "MAE",
+    "MaskedVisionTransformerDecoder": "MAE",
     "IJEPAPredictor": "I-JEPA",
     "IJEPAPredictorTIMM": "I-JEPA",
 }
+LOOP_CALLS = ("cancel_last_layer_gradients",)
 
 
 class LightlyAdapter:
@@ -29,51 +33,78 @@ class LightlyAdapter:
 
     def recognises(self, model: nn.Module) -> bool:
         """Whether any part of the model is lightly's."""
-        return any(_kind(m) for m in model.modules())
+        return any(_kinds(m) for m in model.modules())
 
     def find_slots(self, model: nn.Module) -> list[HeadSlot]:
         """The slots of the model.
 
         Raises:
-            SlotError: The method has no projector; or two copies of a head are there and nothing
-                shows which one is trained.
+            SlotError: The method has no projector.
         """
+        slots = [_with_calls(model, s) for s in slots_by_role(model, _role, _width)]
+        if any(s.role == "projection" for s in slots):
+            return slots
         for path, module in model.named_modules():
-            if method := DECODERS.get(_kind(module)):
+            if method := _method(module):
                 raise SlotError(
-                    f"{method} has no projection head to swap: {path!r} ({_kind(module)}) is its "
-                    "decoder. Read its features with tap(), or name another module: slot='path'."
+                    f"{method} has no projection head to swap: {path!r} "
+                    f"({type(module).__name__}) is its decoder. Read its features with tap(), or "
+                    "name another module: slot='path'."
                 )
-        return slots_by_role(model, _role, _width)
+        return slots
+
+    def describe(self, model: nn.Module, path: str) -> HeadSlot:
+        """The slot at a path that the user names."""
+        return _with_calls(model, describe(model, path, _role, _width))
 
 
-def _kind(module: nn.Module) -> str:
-    """The name of the class of lightly's that the module is, or is derived from."""
-    names = (c.__name__ for c in type(module).__mro__ if c.__module__.startswith("lightly."))
-    return next(names, "")
+def _kinds(module: nn.Module) -> list[str]:
+    """The names of the classes of lightly's that the module is, or is derived from."""
+    return [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("lightly.")]
 
 
-def _role(module: nn.Module) -> str | None:
-    kind = _kind(module)
-    if kind in ROLES:
-        return ROLES[kind]
-    if kind.endswith("PredictionHead"):
+def _method(module: nn.Module) -> str | None:
+    """The method without a projector that a module belongs to."""
+    return next((DECODERS[k] for k in _kinds(module) if k in DECODERS), None)
+
+
+def _role(path: str, module: nn.Module) -> str | None:
+    kinds = _kinds(module)
+    if not kinds:
+        return None
+    if _method(module):
+        return ""
+    if kinds[0] in ROLES:
+        return ROLES[kinds[0]]
+    if kinds[0].endswith("PredictionHead"):
         return "prediction"
-    return "projection" if kind.endswith("ProjectionHead") else None
+    if not kinds[0].endswith("ProjectionHead"):
+        return None
+    # lightly's own projection heads also serve as predictors; only the name tells
+    named = plain_role(path, module)
+    return named if named in BEHIND else "projection"
 
 
 def _width(module: nn.Module) -> tuple[str, int] | None:
     """Kind and width of lightly's modules that are made for one width of the projection."""
-    if not _kind(module):
+    kinds = _kinds(module)
+    if not kinds:
         return None
+    if kinds[0] == "Whitening2d":
+        return "whitening", int(module.num_features)  # type: ignore[arg-type]
     size = getattr(module, "size", None)  # MemoryBankModule and all that derive from it
-    if isinstance(size, list | tuple) and len(size) == 2:
+    if "MemoryBankModule" in kinds and isinstance(size, tuple | list) and len(size) == 2:
         return "memory bank", int(size[1])
     for name, kind in STATES.items():
         state = getattr(module, name, None)
         if isinstance(state, Tensor) and state.ndim:
             return kind, state.shape[-1]
     return None
+
+
+def _with_calls(model: nn.Module, slot: HeadSlot) -> HeadSlot:
+    head = model.get_submodule(slot.path)
+    return replace(slot, calls=tuple(name for name in LOOP_CALLS if hasattr(head, name)))
 
 
 adapter = LightlyAdapter()

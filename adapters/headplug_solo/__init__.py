@@ -6,12 +6,13 @@ class in `solo.methods` that the model is, or is derived from.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
 from headplug.errors import SlotError
-from headplug.hosts import Dependent, HeadSlot, describe
+from headplug.hosts import Dependent, HeadSlot, describe, slots_by_role
 
 
 class Method(NamedTuple):
@@ -73,20 +74,42 @@ class SoloAdapter:
         """
         name = str(_method(model))
         if name not in METHODS:
+            if own := slots_by_role(model):  # a method of the user's on solo-learn's base class
+                return own
             reason = REFUSED.get(name, f"headplug knows {', '.join(METHODS)}")
             raise SlotError(
                 f"solo-learn's {name!r} cannot take another projection head: {reason}. "
                 "Read its features with tap() and a module's path instead."
             )
-        method = METHODS[name]
-        twin = method.twin if method.twin in dict(model.named_modules()) else None
-        slot = describe(model, method.path, twin=twin)
-        dependents = tuple(
-            Dependent(path, path.rpartition(".")[2], slot.output_dim)
-            for path in method.dependents
-            if hasattr(model, path.partition(".")[0])
+        return [self.describe(model, METHODS[name].path)]
+
+    def describe(self, model: nn.Module, path: str) -> HeadSlot:
+        """The slot at a path; for the method's projector by the table.
+
+        Raises:
+            SlotError: The projector holds what a swap would lose.
+        """
+        slot = describe(model, path)
+        method = METHODS.get(str(_method(model)))
+        if method is None or path != method.path:
+            return slot
+        if any(type(m).__name__ == "IterNorm" for m in model.get_submodule(path).modules()):
+            raise SlotError(
+                "this vibcreg keeps its whitening (IterNorm) inside the projector, where a swap "
+                "would lose it. Build the method with iternorm=False."
+            )
+        paths = dict(model.named_modules(remove_duplicate=False))
+        held = {*paths, *dict(model.named_buffers())}
+        return replace(
+            slot,
+            twin=method.twin if method.twin in paths else None,
+            maybe_twins=(),
+            dependents=tuple(
+                Dependent(p, p.rpartition(".")[2], slot.output_dim)
+                for p in method.dependents
+                if p in held
+            ),
         )
-        return [HeadSlot(**{**slot.__dict__, "dependents": dependents})]
 
 
 def _method(model: nn.Module) -> str | None:

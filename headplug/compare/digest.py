@@ -96,7 +96,7 @@ def results_table(results: Results) -> str:
 
 
 def head_tables(results: Results) -> tuple[Table, Table]:
-    """Accuracy before and after each head; its best layer and its costs. The best head first.
+    """Accuracy before and after each head; its best layer and its costs.
 
     Raises:
         DataError: The results have another schema.
@@ -142,9 +142,11 @@ def head_tables(results: Results) -> tuple[Table, Table]:
 
 
 def ranked(results: Results) -> list[str]:
-    """The heads with a finished run, best first."""
-    heads = dict.fromkeys(run["head"] for run in results["runs"])
-    return sorted(heads, key=lambda head: -_of_head(results, head).get("accuracy", 0.0))
+    """The heads with a finished run, in the summary's order: best on held-out train first."""
+    heads = dict.fromkeys(
+        entry["head"] for entry in (results.get("summary") or {}).get("heads", [])
+    )
+    return list(heads | dict.fromkeys(run["head"] for run in results["runs"]))
 
 
 def score(row: Mapping[str, Any], form: str = ".1f") -> str:

@@ -133,7 +133,7 @@ def _write_results(
         "summary": summarize(
             runs,
             hits,
-            default_head=next((n for n in labels if n.partition("[")[0] == default), labels[0]),
+            default_head=next((n for n in labels if n.partition("[")[0] == default), default),
             probes=list(plan.probes),
         ),
         "definitions": DEFINITIONS,

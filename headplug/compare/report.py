@@ -222,7 +222,7 @@ def _plain(value: Any) -> str:
 
 _CAPTIONS = (
     "Before and after the head. Accuracies in per cent on the test images, mean over seeds, with "
-    "their 95% interval in brackets; best head first.",
+    "their 95% interval in brackets; heads in the order of their accuracy on held-out train.",
     "The best layer of each head, and what the head costs.",
 )
 _TEMPLATE = """\

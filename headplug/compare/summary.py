@@ -25,16 +25,18 @@ def summarize(
     Args:
         runs: The finished runs.
         hits: For each (head, seed), by (tap, probe), which test images were classified rightly.
-        default_head: Label of the head that gains are measured against.
+        default_head: Label of the head that gains are measured against, whether it ran or not.
         probes: The probes that ran; "linear" decides if it is among them, else the first.
 
     Returns:
         `probe`, `default_head`, `best`, `gain` (None where the default won or did not run) and one
-        entry for each head with its best layer and the gap between pre_projection and projection.
+        entry for each head, best first, with its best layer and the gap between pre_projection and
+        projection.
     """
     probe = "linear" if "linear" in probes else probes[0]
     labels = list(dict.fromkeys(r["head"] for r in runs))
     best_of = {label: _best_row(runs, label, probe) for label in labels}
+    labels.sort(key=lambda label: -best_of[label]["val_accuracy"])
     if not best_of:
         return {
             "probe": probe,
@@ -57,16 +59,15 @@ def summarize(
             gap = _difference(scores(label, "pre_projection"), scores(label, "projection"))
             entry["gap"] = _interval(gap, "mean")
         heads.append(entry)
-    winner = max(labels, key=lambda label: best_of[label]["val_accuracy"])
-    row = next(h for h in heads if h["head"] == winner)
+    winner = labels[0]
     best = {
-        **{k: row[k] for k in ("head", "tap", "accuracy", "low", "high")},
+        **{k: heads[0][k] for k in ("head", "tap", "accuracy", "low", "high")},
         "probe": probe,
         "selected_on": best_of[winner]["selected_on"],
     }
     gain = None
-    if winner != default_head and default_head in labels:
-        seeds = {s for h, s in hits if h == winner} & {s for h, s in hits if h == default_head}
+    seeds = {s for h, s in hits if h == winner} & {s for h, s in hits if h == default_head}
+    if winner != default_head and seeds:
         ours, theirs = (
             np.stack([hits[h, s][best_of[h]["tap"], probe] for s in sorted(seeds)])
             for h in (winner, default_head)

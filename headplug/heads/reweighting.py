@@ -57,7 +57,9 @@ class ReweightingHead(ProjectionHead):
     def project(self, x: Tensor) -> Tensor:
         """Reweights in float32; the result has the input's type unless autocast is on."""
         z = x * self.reweights
-        return z if torch.is_autocast_enabled(x.device.type) else z.to(x.dtype)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return z if autocast else z.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         exact = self.reweights

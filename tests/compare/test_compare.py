@@ -140,8 +140,8 @@ def test_sweeps_make_one_run_per_value_and_leave_other_heads_alone():
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_recipe_trains_its_default_head_and_a_head_without_parameters(recipe, tmp_path):
     plan = Plan(
-        **{**SMALL, "epochs": 1}, recipe=recipe, heads=(RECIPES[recipe].default_head, "reweighting"),
-        output_dims=(16,), probes=("ridge",), out=str(tmp_path),
+        **{**SMALL, "epochs": 1}, recipe=recipe, output_dims=(16,), probes=("ridge",),
+        heads=(RECIPES[recipe].default_head, "reweighting"), out=str(tmp_path),
     )  # fmt: skip
     results = compare(plan, say=quiet)
     assert not results["failed"]
@@ -294,3 +294,20 @@ def test_parquet_folder_and_vision_transformer(tmp_path):
 
 def test_plan_names_its_folder_after_what_it_does():
     assert Plan(data="/data/cifar10/").folder == Path("runs/cifar10-resnet18-simclr")
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "--epochs", "500", "--heads", "simclr_plain", "--out", str(tmp_path)],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    checkpoint = tmp_path / "simclr_plain-seed0" / "checkpoint.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.partial"))

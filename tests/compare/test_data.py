@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from headplug.compare import images as images_module
+from headplug.compare.data import images as images_module
 from headplug.compare.data import load_data
 from headplug.compare.data.images import LazyImages, ResidentImages, to_pixels
 from headplug.compare.data.torchvision_data import TorchvisionSource

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from headplug import create_head, describe_head
+from headplug.errors import HeadplugError
+
+
+@functools.cache
+def needs_weights(name: str) -> bool:
+    """Whether a head refuses to train until it has pretrained weights."""
+    head = create_head(name, input_dim=4, **narrow(name))
+    try:
+        head.train()(torch.rand(3, 4))
+    except HeadplugError as error:
+        return "weights=" in str(error)
+    return False
+
+
+def narrow(name: str) -> dict[str, int]:
+    """Small values for the widths that have a number by default: some presets have 151 million."""
+    defaults = describe_head(name).defaults
+    return {o: 12 for o, v in defaults.items() if o.endswith("_dim") and isinstance(v, int)}
+
+
+@pytest.fixture
+def build() -> Callable[..., nn.Module]:
+    """Builds any registered head, narrow and ready to train.
+
+    A head that needs pretrained weights gets those of `nn.Linear(input_dim, 16)`.
+    """
+
+    def make(name: str, input_dim: int = 20, **options: Any) -> nn.Module:
+        if needs_weights(name):
+            options.setdefault("weights", nn.Linear(input_dim, 16))
+        return create_head(name, **{"input_dim": input_dim, **narrow(name), **options})
+
+    return make
