@@ -143,7 +143,7 @@ def compare(
     limit: Annotated[int | None, typer.Option(help="Use a subset of this many images.")] = None,
     image_size: ImageSize = None,
     stem: Annotated[str, typer.Option(help="auto, small or default.")] = "auto",
-    lr: Annotated[float | None, typer.Option(help="Default: 0.3 * batch / 256.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Default: the recipe's, by batch size.")] = None,
     ae_epochs: Annotated[int, typer.Option(help="Of autoencoder pretraining.")] = 100,
     probes: Annotated[str, typer.Option(help="Any of knn,linear,ridge.")] = "knn,linear,ridge",
     devices: Annotated[int, typer.Option(help="On each node; more than one starts torchrun.")] = 1,

@@ -61,7 +61,7 @@ class Plan:
         image_size: Side to resize images to; left out, their own.
         stem: "small" keeps the resolution in a ResNet's stem, "default" leaves the model as it is,
             "auto" is small for images below 65 pixels.
-        lr: Learning rate; left out, 0.3 * batch / 256.
+        lr: Learning rate of SGD; left out, the recipe's (0.3 or 0.1) for 256 images a step.
         ae_epochs: Epochs of autoencoder pretraining, for the heads that need it.
         probes: Any of knn, linear, ridge.
         devices: Devices on each node.
@@ -124,7 +124,7 @@ class Plan:
     def rate(self) -> float:
         """The learning rate of the whole batch."""
         batch = self.batch_size * self.devices * self.nodes
-        return 0.3 * batch / 256 if self.lr is None else self.lr
+        return recipe(self.recipe).lr * batch / 256 if self.lr is None else self.lr
 
     @property
     def config(self) -> dict[str, Any]:

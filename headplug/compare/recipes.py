@@ -18,6 +18,8 @@ class Recipe:
         default_head: The head that the method was published with.
         predictor: Name of the prediction head behind the projection, if there is one.
         hidden: The predictor's hidden width for a width of the projection.
+        lr: Default learning rate of SGD for 256 images a step. Only SimCLR's is a paper's (arXiv
+            2408.14514); the redundancy losses are large sums and overflow at the same rate.
         ema: Momentum of the target network at the start, if there is one; it rises to 1.
         paper: Where it comes from.
     """
@@ -27,6 +29,7 @@ class Recipe:
     paper: str
     predictor: str | None = None
     hidden: Callable[[int], int] = lambda width: width
+    lr: float = 0.3
     ema: float | None = None
 
 
@@ -56,8 +59,8 @@ def _cosine(distributed: bool) -> Any:
 
 RECIPES = {
     "simclr": Recipe(_simclr, "simclr", "arXiv 2002.05709"),
-    "barlow_twins": Recipe(_barlow_twins, "barlow_twins", "arXiv 2103.03230"),
-    "vicreg": Recipe(_vicreg, "vicreg", "arXiv 2105.04906"),
+    "barlow_twins": Recipe(_barlow_twins, "barlow_twins", "arXiv 2103.03230", lr=0.1),
+    "vicreg": Recipe(_vicreg, "vicreg", "arXiv 2105.04906", lr=0.1),
     "simsiam": Recipe(
         _cosine,
         "simsiam",

@@ -140,8 +140,8 @@ def test_sweeps_make_one_run_per_value_and_leave_other_heads_alone():
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_every_recipe_trains_its_default_head_and_a_head_without_parameters(recipe, tmp_path):
     plan = Plan(
-        **{**SMALL, "epochs": 1}, recipe=recipe, output_dims=(16,), probes=("ridge",),
-        heads=(RECIPES[recipe].default_head, "reweighting"), out=str(tmp_path),
+        **{**SMALL, "epochs": 1}, recipe=recipe, widths=(64,), output_dims=(16,),
+        heads=(RECIPES[recipe].default_head, "reweighting"), probes=("ridge",), out=str(tmp_path),
     )  # fmt: skip
     results = compare(plan, say=quiet)
     assert not results["failed"]
