@@ -21,8 +21,8 @@ from torch.nn.parameter import is_lazy
 
 from headplug.errors import SlotError
 from headplug.heads import ProjectionHead
-from headplug.modules import dims, inside, named_modules, parent, paths_of, submodule
-from headplug.twins import find_twin
+from headplug.hosts.modules import dims, inside, named_modules, parent, paths_of, submodule
+from headplug.hosts.twins import find_twin
 
 ROLE_BY_NAME = {
     "projection_head": "projection",

@@ -2,8 +2,8 @@
 
 Hooks live for the span of a `with` block and are gone after it, whatever happens. Every call of a
 module keeps its own tensor, because SSL steps call a head once per view. A point that matches
-nothing, or that was never reached, is an error, never a stale tensor. `headplug.points` says how
-points are written.
+nothing, or that was never reached, is an error, never a stale tensor. `headplug.taps.points` says
+how points are written.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from headplug.errors import TapError, unknown
-from headplug.hooks import hooks
-from headplug.modes import untouched
-from headplug.points import Layout, Point, flat
+from headplug.taps.hooks import hooks
+from headplug.taps.modes import untouched
+from headplug.taps.points import Layout, Point, flat
 
 
 class Taps(Mapping[str, list[Any]]):
@@ -94,7 +94,7 @@ def tap(
         model: Any module. Where torch.compile was used on it or its parts, all compiled code runs
             eagerly inside the block, because hooks that come after compilation would be skipped
             silently.
-        points: Names, paths or globs, see `headplug.points`.
+        points: Names, paths or globs, see `headplug.taps.points`.
         detach: Cut the tensors from the graph; left as they are, losses may act on them.
         clone: Copy what is read, where later modules change it in place (`ReLU(inplace=True)`,
             `+=`).

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from headplug.errors import SlotError
 from headplug.heads import create_head
-from headplug.modules import inside, named_modules, parent, submodule, tensors
+from headplug.hosts.modules import inside, named_modules, parent, submodule, tensors
 
 ANCHOR = "ema_anchor"
 MARK = "is_ema_twin"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from headplug.points import Layout, Point
+from headplug.taps.points import Layout, Point
 
 Keep = Callable[[Point, Any], None]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from headplug.errors import HeadplugError
 from headplug.hosts import HeadSlot
-from headplug.modules import paths_of, submodule, tensors
+from headplug.hosts.modules import paths_of, submodule, tensors
 
 
 @dataclass(frozen=True)

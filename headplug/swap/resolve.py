@@ -8,8 +8,8 @@ from torch import nn
 
 from headplug.errors import DimensionError, SlotError
 from headplug.hosts import HeadSlot, find_slots, slot_at
-from headplug.modules import dims, submodule
-from headplug.twins import find_original
+from headplug.hosts.modules import dims, submodule
+from headplug.hosts.twins import find_original
 
 
 def resolve(model: nn.Module, slot: str | HeadSlot | None, twin: str | None) -> HeadSlot:

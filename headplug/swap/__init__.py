@@ -18,13 +18,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from headplug.errors import DimensionError, OptionError, SlotError
-from headplug.groups import Exchange, holders
 from headplug.heads import create_head, describe_head
 from headplug.hosts import HeadSlot
-from headplug.modules import assign, dims, submodule, tensors
-from headplug.resolve import resolve
-from headplug.swap_report import SwapReport, make_report
-from headplug.twins import ANCHOR, anchor, build_twin, copy_frozen
+from headplug.hosts.modules import assign, dims, submodule, tensors
+from headplug.hosts.twins import ANCHOR, anchor, build_twin, copy_frozen
+from headplug.swap.groups import Exchange, holders
+from headplug.swap.report import SwapReport, make_report
+from headplug.swap.resolve import resolve
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 

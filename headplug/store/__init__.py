@@ -1,7 +1,7 @@
 """Features on disk or in memory, by tap.
 
 A store that was opened from disk costs memory for a tap only when the tap is asked for; in memory
-it is the same thing. `headplug.shards` keeps the files.
+it is the same thing. `headplug.store.shards` keeps the files.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from headplug.errors import DataError, unknown
-from headplug.modes import evaluating
-from headplug.points import Layout, flat
 from headplug.progress import progress
-from headplug.shards import Writer, read_shards
+from headplug.store.shards import Writer, read_shards
 from headplug.taps import read
+from headplug.taps.modes import evaluating
+from headplug.taps.points import Layout, flat
 
 Pool = Callable[[Tensor], Tensor]
 
@@ -136,7 +136,7 @@ def extract_features(
     Args:
         model: Any module; it runs in eval mode without autograd, and is left in the mode it had.
         loader: Yields `(images, labels, ...)`.
-        at: Points, see `headplug.points`; a glob stands for all that it matches.
+        at: Points, see `headplug.taps.points`; a glob stands for all that it matches.
         out: A folder to write to; left out, the store is in memory.
         pool: Makes vectors `(B, D)` of what a tap gives; by default the mean over positions.
         transform: Applied to each batch on the model's device, e.g. a normalisation.
