@@ -34,6 +34,14 @@ def quiet(line: str) -> None:
     """Takes the place of print."""
 
 
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until a running process has written a file."""
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists()
+
+
 def rows(results: dict, head: str, seed: int = 0) -> dict:
     run = next(r for r in results["runs"] if (r["head"], r["seed"]) == (head, seed))
     return {(r["tap"], r["probe"]): r for r in run["taps"]}
@@ -160,12 +168,9 @@ def test_interrupted_run_resumes_to_the_same_result(tmp_path):
     folder = tmp_path / "killed"
     checkpoint = folder / "simclr_plain-seed0" / "checkpoint.ckpt"
     process = subprocess.Popen([*arguments, "--out", str(folder)], env=environment)
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(checkpoint, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoint.exists()
     assert not (folder / "simclr_plain-seed0" / "run.json").exists()
     resumed = subprocess.run(
         [*arguments, "--out", str(folder)],
@@ -300,13 +305,15 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "--epochs", "500", "--heads", "simclr_plain", "--out", str(tmp_path)],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a shell that starts the tests in the background makes them ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    checkpoint = tmp_path / "simclr_plain-seed0" / "checkpoint.ckpt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        wait_for(tmp_path / "simclr_plain-seed0" / "checkpoint.ckpt", process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "the same command goes on" in err
     assert "Traceback" not in err
