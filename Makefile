@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 demo: .venv/ready
 	$(BIN)/headplug compare --data digits --backbone test_resnet --epochs 15 --batch-size 128 --ae-epochs 30 \
-		--heads simclr,ae_embedding,reweighting --seeds 0,1 --out runs/demo
+		--heads simclr,ae_embedding,reweighting --out runs/demo
 
 test: .venv/ready .solo/ready
 	$(BIN)/python -m pytest
