@@ -84,8 +84,11 @@ class Autoencoder(nn.Module):
         """Writes weights and configuration to a safetensors file, whole or not at all.
 
         Raises:
+            OptionError: The name does not end in .safetensors.
             RunError: The file cannot be written.
         """
+        if Path(path).suffix != ".safetensors":
+            raise OptionError(f"name the file {Path(path).stem}.safetensors, not {str(path)!r}.")
         from safetensors.torch import save_file
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}

@@ -9,6 +9,8 @@ import json
 import os
 import shlex
 import sys
+import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,6 +21,7 @@ from headplug.errors import DimensionError, HeadplugError, OptionError, UnknownN
 app = typer.Typer(
     help="Change the projection head of a self-supervised model, and measure which one to use.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -34,9 +37,13 @@ ImageSize = Annotated[int | None, typer.Option(help="Resize images to squares of
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     """Options of every command."""
     state["debug"] = debug
+    if version:
+        print(metadata.version("headplug"))
+        raise typer.Exit
 
 
 @app.command()
@@ -203,6 +210,7 @@ def compare(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or its results.json.")],
+    json_: AsJson = False,
 ) -> None:
     """Print a run's table and write its report.html anew."""
     from headplug.compare.digest import answer, results_table
@@ -216,6 +224,9 @@ def report(
     except ValueError as error:
         raise OptionError(f"{path} is not JSON: {error}.") from None
     page = write_report(results, path.with_name("report.html"))
+    if json_:
+        print(json.dumps(results, indent=1))
+        return
     print(results_table(results))
     print()
     print("\n".join(answer(results)))
@@ -224,6 +235,7 @@ def report(
 
 def main() -> NoReturn:
     """The console script: exit code 0, 2 for a mistake in what was typed, 1 for other failures."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         code = app(standalone_mode=False) or 0  # typer returns 130 for Ctrl-C
     except (KeyboardInterrupt, typer.Abort):
@@ -243,7 +255,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     """The exit code and the one line that an error deserves."""
     if hasattr(error, "format_message"):  # typer's own: an unknown option or command
         message = error.format_message()
-        return 2, f"{message} See headplug --help." if message else ""
+        return 2, f"{message.rstrip('.')}. See headplug --help." if message else ""
     if isinstance(error, HeadplugError):
         usage = isinstance(error, OptionError | UnknownNameError | DimensionError)
         return 2 if usage else 1, str(error)
@@ -284,7 +296,6 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
 def _quiet() -> None:
     """Silences Lightning's advice, which is for people who wrote the training loop."""
     import logging
-    import warnings
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -25,14 +25,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors lets only its owner read what it writes
         os.replace(partial, path)
     except Exception as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if _is_write_failure(error):
+            reason = "the disk is full" if "inline_container" in str(error) else error
             raise RunError(
-                f"cannot write {path}: {error}. Free space or choose another folder."
+                f"cannot write {path}: {reason}. Free space or choose another folder."
             ) from error
         raise
     except BaseException:

@@ -937,3 +937,14 @@ def test_slots_print_as_one_line() -> None:
     assert str(HeadSlot("a.b", "projection", 4, 2, twin="c")) == (
         "a.b (projection, 4 > 2, EMA twin c)"
     )
+
+
+def test_an_optimiser_that_was_not_passed_is_warned_about():
+    model = nn.Sequential()
+    model.backbone, model.projector = nn.Linear(4, 8), nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="optimizer="):
+        swap = swap_head(model, "simclr_plain")
+    assert "optimizer=" in str(swap.report)
+    swap.restore()
+    assert not swap_head(model, "simclr_plain", optimizer=optimizer).report.notes

@@ -40,9 +40,10 @@ def answer(results: Results) -> list[str]:
     if head == default:
         lead = f"Keep the default head `{head}` and read features at {where}."
         others = len({run["head"] for run in results["runs"]}) - 1
-        noun = "head" if others == 1 else "heads"
         verdict = (
-            f"It came first against {others} other {noun}." if others else "No other head ran."
+            f"On held-out train it came first of {others + 1} heads."
+            if others
+            else "No other head ran."
         )
     elif gain is None:
         verdict = f"The default head `{default}` has no finished run: the gain over it is unknown."
@@ -104,14 +105,15 @@ def head_tables(results: Results) -> tuple[Table, Table]:
     check(results)
     summary = results.get("summary") or {}
     probe = summary.get("probe", "linear")
-    other = "linear" if probe == "knn" else "knn"
+    ran = dict.fromkeys(row["probe"] for run in results["runs"] for row in run["taps"])
+    others = [name for name in ran if name != probe]
     costs = {
         ("training", "images/s"): ("train_images_per_s", 0),
         ("head parameters", "trained"): ("head_params_trainable", 0),
         ("head parameters", "frozen"): ("head_params_frozen", 0),
         ("head step", "ms"): ("head_step_ms", 2),
     }
-    first = [(tap, name) for tap in ("pre_projection", "projection") for name in (probe, other)]
+    first = [(tap, name) for tap in ("pre_projection", "projection") for name in (probe, *others)]
     accuracies, layers = [], []
     for head in ranked(results):
         runs = [run for run in results["runs"] if run["head"] == head]
@@ -133,8 +135,8 @@ def head_tables(results: Results) -> tuple[Table, Table]:
         accuracies.append([name, *(at(*point) for point in first), difference])
         spent = [number(mean(run.get(key) for run in runs), n) for key, n in costs.values()]
         tap = best.get("tap")
-        layers.append([name, tap or "-", score(best), at(tap, other), *spent])
-    second = [("best layer", label) for label in ("tap", probe, other)]
+        layers.append([name, tap or "-", score(best), *(at(tap, o) for o in others), *spent])
+    second = [("best layer", label) for label in ("tap", probe, *others)]
     return (
         ([("", "head"), *first, ("before - after", "points")], accuracies),
         ([("", "head"), *second, *costs], layers),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,9 @@ def _claim(plan: Plan, data: ImageData) -> None:
     asked = {"fingerprint": plan.fingerprint, "data": data.fingerprint}
     if path.is_file():
         there = json.loads(path.read_text("utf-8"))
-        if {k: there.get(k) for k in asked} != asked:
+        if {k: there.get(k) for k in asked} != asked and not any(plan.folder.glob(f"*/{RECORD}")):
+            _forget(plan.folder)
+        elif {k: there.get(k) for k in asked} != asked:
             old, new = there["config"], plan.shared
             differ = [
                 f"{k} {old.get(k)!r} there, {v!r} now" for k, v in new.items() if old.get(k) != v
@@ -96,13 +99,27 @@ def _claim(plan: Plan, data: ImageData) -> None:
         write_json(path, {**asked, "config": plan.config})
 
 
+def _forget(folder: Path) -> None:
+    """Removes what an attempt with other settings left, of which nothing was finished."""
+    if is_first():
+        left = [*folder.glob("*/checkpoint.ckpt"), *folder.glob("autoencoders/*")]
+        for path in left:
+            path.unlink()
+
+
 def _write_results(
     plan: Plan, data: ImageData, failed: list[dict[str, Any]], command: str
 ) -> dict[str, Any]:
-    """Gathers the finished runs of a plan and writes results.json and report.html."""
-    every = {(c.label, s): plan.folder_of(c, s) for c, s in plan.runs}
-    folders = {key: f for key, f in every.items() if (f / RECORD).is_file()}
-    runs = [json.loads((f / RECORD).read_text("utf-8")) for f in folders.values()]
+    """Gathers all finished runs in the folder and writes results.json and report.html."""
+    planned = [plan.folder_of(c, s) for c, s in plan.runs]
+    earlier = sorted(p.parent for p in plan.folder.glob(f"*/{RECORD}"))
+    folders: dict[tuple[str, int], Path] = {}
+    runs: list[dict[str, Any]] = []
+    for folder in dict.fromkeys([*planned, *earlier]):
+        if (folder / RECORD).is_file():
+            run = json.loads((folder / RECORD).read_text("utf-8"))
+            folders[run["head"], run["seed"]] = folder
+            runs.append(run)
     hits = {}
     for key, folder in folders.items():
         with np.load(folder / "hits.npz") as file:
@@ -111,7 +128,7 @@ def _write_results(
         {label: trained_head(f) for (label, _), f in folders.items()}, plan.batch_size
     )
     default = recipe(plan.recipe).default_head
-    labels = [c.label for c in plan.choices]
+    labels = [run["head"] for run in runs]
     results = {
         "schema": 1,
         "command": command,
@@ -119,7 +136,7 @@ def _write_results(
         "config": {**plan.config, "default_head": default},
         "versions": versions(),
         "machine": machine(),
-        "seeds": list(plan.seeds),
+        "seeds": sorted({run["seed"] for run in runs}),
         "data": {
             "name": data.name,
             "train": len(data.train),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from headplug.heads import create_head, describe_head
 from headplug.probing import PROBES
 
 WIDTH_OPTIONS = ("embedding_dim", "hidden_dim")  # what `widths` means to a head
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 SWEEPS = ("seeds", "heads", "widths", "output_dims", "activations", "kappas")
 PLACE = ("devices", "nodes", "precision", "workers", "out")  # where it runs, not what it computes
 
@@ -102,8 +104,14 @@ class Plan:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("heads", "seeds", "probes"):
             values = list(getattr(self, name))
-            if not values or len(set(values)) < len(values):
+            if not values:
+                raise OptionError(f"{name} must name at least one.")
+            if len(set(values)) < len(values):
                 raise OptionError(f"{name} must name each thing once; it is {values}.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise OptionError(f"lr must be a positive number, not {self.lr!r}.")
+        if self.precision not in PRECISIONS:
+            raise OptionError(str(unknown("precision", self.precision, PRECISIONS)))
         if self.stem not in ("auto", "small", "default"):
             raise OptionError(f"stem must be auto, small or default, not {self.stem!r}.")
         recipe(self.recipe)

@@ -26,6 +26,7 @@ from headplug.compare.data import ImageData
 from headplug.compare.plan import HeadChoice, Plan
 from headplug.compare.processes import is_first, wait
 from headplug.compare.recipes import recipe
+from headplug.compare.summary import headline
 from headplug.compare.train import EpochBatches, SSLModel, train
 from headplug.device import pick_device
 from headplug.files import atomic, write_json
@@ -83,7 +84,9 @@ class Runner:
         if not is_first():
             return ""
         learned, tested = self._features(model)
-        report = probe_layers(learned, tested, probes=list(self.plan.probes), seed=seed)
+        report = probe_layers(
+            learned, tested, probes=list(self.plan.probes), seed=seed, show_progress=True
+        )
         record: dict[str, Any] = {
             "head": choice.label,
             "head_config": model.projection_head.config,
@@ -147,7 +150,9 @@ class Runner:
             loader = DataLoader(
                 images, batch_size=None, sampler=batches, num_workers=self.plan.workers
             )
-            found.append(extract_features(model, loader, at, transform=self.views.plain))
+            found.append(
+                extract_features(model, loader, at, transform=self.views.plain, show_progress=True)
+            )
         model.cpu()
         # A ResNet's last stage, averaged, is the representation itself: once is enough.
         learned = found[0]
@@ -191,7 +196,7 @@ def _parameters(head: nn.Module) -> dict[str, int]:
 
 
 def _before_and_after(report: LayerReport) -> str:
-    probe = report.rows[-1]["probe"]
+    probe = headline([r["probe"] for r in report.rows])
     found = {r["tap"]: r["accuracy"] for r in report.rows if r["probe"] == probe}
     before, after = found["pre_projection"], found["projection"]
     return f"{probe} accuracy {before:.1%} before the head, {after:.1%} after it"

@@ -33,7 +33,7 @@ def summarize(
         entry for each head, best first, with its best layer and the gap between pre_projection and
         projection.
     """
-    probe = "linear" if "linear" in probes else probes[0]
+    probe = headline(probes)
     labels = list(dict.fromkeys(r["head"] for r in runs))
     best_of = {label: _best_row(runs, label, probe) for label in labels}
     labels.sort(key=lambda label: -best_of[label]["val_accuracy"])
@@ -84,6 +84,11 @@ def summarize(
         "gain": gain,
         "heads": heads,
     }
+
+
+def headline(probes: Sequence[str]) -> str:
+    """The probe that decides: "linear" if it ran, else the first."""
+    return "linear" if "linear" in probes else probes[0]
 
 
 def _best_row(runs: Sequence[Mapping[str, Any]], label: str, probe: str) -> dict[str, Any]:

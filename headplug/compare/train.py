@@ -1,7 +1,7 @@
 """One training run: a backbone and a head, an SSL loss, Lightning underneath.
 
-Everything random is drawn from a generator seeded by (seed, epoch), so that runs with the same seed
-see the same batches and views whatever their head, and a resumed run equals an uninterrupted one.
+Batches are drawn from (seed, epoch) and views from (seed, step), so that runs with the same seed
+see the same images whatever their head, and a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class SSLModel(pl.LightningModule):
         self.criterion = self.recipe.loss(self.trainer.world_size > 1)
 
     def on_train_epoch_start(self) -> None:
-        """Seeds the epoch and starts the clock."""
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch * 1009 + self.global_rank)
+        """Starts the clock."""
         self._sum = torch.zeros((), device=self.device)
         self._count = 0
         self._started = time.perf_counter()
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         """The loss of a batch of uint8 images `(batch, C, H, W)`."""
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1009 + self.global_rank)
         first, second = self.views(batch[0])
         loss = self._loss(first, second)
         # The first step with a bad loss is kept on the device; reading it would wait for the
@@ -103,8 +103,17 @@ class SSLModel(pl.LightningModule):
             self._check_finite()
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        """Records the loss and the time of the epoch."""
+    def end_epoch(self) -> None:
+        """Records the loss and the time of the epoch; comes before its checkpoint.
+
+        Raises:
+            RunError: A loss, a weight or a running statistic is not finite.
+        """
+        state = [t for t in self.state_dict().values() if t.is_floating_point() and t.numel()]
+        sound = torch.stack([t.isfinite().all() for t in state]).all()
+        self._bad_step = torch.where(
+            sound | (self._bad_step >= 0), self._bad_step, self.global_step
+        )
         self._check_finite()
         self.losses.append(float(self._sum / max(self._count, 1)))
         self.seconds += time.perf_counter() - self._started
@@ -184,8 +193,9 @@ class EpochBatches(Sampler[list[int]]):
         self.epoch = 0
         if len(self) < 1:
             raise OptionError(
-                f"{count} training images do not fill one batch of {batch_size} on each of "
-                f"{world_size} processes; lower --batch-size or use more images."
+                f"{count} training images do not fill one batch of {batch_size}"
+                + (f" on each of {world_size} processes" if world_size > 1 else "")
+                + "; lower --batch-size or use more images."
             )
 
     def __len__(self) -> int:
@@ -203,13 +213,17 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class _Checkpoint(pl.Callback):
-    """Replaces the one checkpoint after each epoch, whole or not at all."""
+    """Ends each epoch and replaces the one checkpoint, whole or not at all.
+
+    Lightning calls callbacks before the model's own hook, so the model's part is called from here.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: SSLModel) -> None:  # type: ignore[override]
         """Saves on the first process; the others take part, as sharded strategies need."""
+        module.end_epoch()
         if trainer.world_size == 1:
             with atomic(self.path) as partial:
                 trainer.save_checkpoint(partial)
@@ -258,6 +272,7 @@ def train(
         persistent_workers=workers > 0,
     )  # fmt: skip
     done = _epochs_done(checkpoint) if checkpoint.is_file() else 0
+    sampler.set_epoch(done)  # Lightning iterates once before it says which epoch it resumes at
     steps = len(sampler)
     with progress(label, epochs * steps, done=done * steps, show=trainer.is_global_zero) as advance:
         trainer.callbacks += [_Checkpoint(checkpoint), _Bar(advance)]  # type: ignore[attr-defined]
@@ -270,7 +285,7 @@ def train(
             kept = (
                 f"{checkpoint} holds the last good epoch" if checkpoint.is_file() else "none saved"
             )
-            raise RunError(f"{label}: {error} Checkpoint: {kept}.") from None
+            raise RunError(f"{error} Checkpoint: {kept}.") from None
     if trainer.interrupted:
         raise KeyboardInterrupt
 

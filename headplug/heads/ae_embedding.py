@@ -153,11 +153,11 @@ class AEEmbeddingHead(ProjectionHead):
         layer = self.embedding
         if layer.weight.shape != weight.shape:
             (out, width), (out_asked, width_asked) = weight.shape, layer.weight.shape
+            leave = "" if out == out_asked else ", or leave embedding_dim out to take this one's"
             raise DimensionError(
                 f"the autoencoder's embedding layer maps {width} features to {out}, the head was "
                 f"asked for {width_asked} to {out_asked}. Pretrain one with `headplug pretrain-ae "
-                f"--hidden-dim {width_asked} --latent-dim {out_asked}`, or leave embedding_dim out "
-                "to take the file's."
+                f"--hidden-dim {width_asked} --latent-dim {out_asked}`{leave}."
             )
         with torch.no_grad():
             layer.weight.copy_(weight)

@@ -88,14 +88,14 @@ class ProjectionHead(nn.Module):
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
-    """What a table holds under a name.
+    """What a table holds under a name, in small letters or large ("ReLU").
 
     Raises:
         OptionError: Nothing; the message lists the names.
     """
-    if not isinstance(name, str) or name not in table:
+    if not isinstance(name, str) or name.lower() not in table:
         raise OptionError(str(unknown(kind, str(name), table)))
-    return table[name]
+    return table[name.lower()]
 
 
 def positive(name: str, value: int) -> int:

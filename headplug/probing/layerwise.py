@@ -22,6 +22,7 @@ from headplug.probing.linear import fit_linear, linear_grid
 from headplug.probing.report import LayerReport, wilson_interval
 from headplug.probing.ridge import fit_ridge, ridge_grid
 from headplug.probing.spectrum import spectrum
+from headplug.progress import progress
 
 
 class Features(Protocol):
@@ -86,6 +87,7 @@ def probe_layers(
     held_out: float = 0.2,
     seed: int = 0,
     device: str | torch.device = "auto",
+    show_progress: bool = False,
 ) -> LayerReport:
     """Classifies the features of every tap with every probe and reports test accuracies.
 
@@ -102,6 +104,7 @@ def probe_layers(
             is not held out; the rows' `selected_on` then says so.
         seed: Of the part held out and of the order of training.
         device: "auto" takes a GPU where there is one.
+        show_progress: Whether to show a progress bar.
 
     Raises:
         DataError: Labels are missing, of one class, unseen in training or too few; taps, widths or
@@ -133,7 +136,11 @@ def probe_layers(
     place = pick_device(device)
     fit, held, targets = fit.to(place), held.to(place), targets.to(place)
     report = LayerReport([], [])
-    with torch.autocast(place.type, enabled=False):
+    total = len(train.points) * len(probes)
+    with (
+        torch.autocast(place.type, enabled=False),
+        progress("probes", total, show=show_progress) as advance,
+    ):
         for tap in train.points:
             known, queries = (check_features(store[tap]).to(place) for store in (train, test))
             choosing = _Split(known[fit], targets[fit], known[held], len(values))
@@ -164,6 +171,7 @@ def probe_layers(
                         "n_test": len(answers),
                     }
                 )
+                advance(tap)
     return report
 
 

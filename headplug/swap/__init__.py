@@ -7,9 +7,10 @@ shares no storage with the head.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -22,10 +23,14 @@ from headplug.heads import create_head, describe_head
 from headplug.hosts import HeadSlot
 from headplug.hosts.modules import assign, dims, submodule, tensors
 from headplug.hosts.twins import ANCHOR, anchor, build_twin, copy_frozen
-from headplug.swap.groups import Exchange, holders
+from headplug.swap.groups import Exchange, alive, holders
 from headplug.swap.report import SwapReport, make_report
 from headplug.swap.resolve import resolve
 
+STALE = (
+    "an optimiser that is already built holds the old parameters of {path!r} and will not train "
+    "the new head: pass it, optimizer=..., or build it after the swap."
+)
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
@@ -93,7 +98,7 @@ def swap_head(
     """Replaces the projection head of a model, and its EMA twin with it.
 
     Swap before the optimiser is built, or pass the optimiser, so that the new parameters are
-    trained.
+    trained; where neither is so, a warning says it, and the report too.
 
     Args:
         model: A lightly, solo-learn or plain PyTorch model.
@@ -134,6 +139,9 @@ def swap_head(
     exchange = _check_optimizers(model, place.path, old, new, old_twin, optimizer)
 
     report = make_report(model, place, old, new, output_dim)
+    if exchange is None and holders(alive(), old):
+        warnings.warn(STALE.format(path=place.path), stacklevel=2)
+        report = replace(report, notes=(*report.notes, STALE.format(path=place.path)))
     swap = Swap(report, new, new_twin, model)
     if dry_run:
         return swap
@@ -178,8 +186,8 @@ def _build(
 
 def _misfit(name: str, width: int, place: HeadSlot) -> DimensionError:
     return DimensionError(
-        f"the head {name!r} takes {width} features, but the backbone gives {place.input_dim} at "
-        f"{place.path!r}. Build it with input_dim={place.input_dim}."
+        f"the head {name!r} takes {width} features, but {place.path!r}, which it is to replace, "
+        f"takes {place.input_dim}. Build it with input_dim={place.input_dim}."
     )
 
 

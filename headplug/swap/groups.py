@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,6 +101,11 @@ def holders(optimizers: Iterable[Optimizer], module: nn.Module) -> list[dict[str
     ids = {id(p) for p in module.parameters()}
     groups = (g for o in optimizers for g in o.param_groups)
     return [g for g in groups if any(id(p) in ids for p in g["params"])]
+
+
+def alive() -> list[Optimizer]:
+    """Every optimiser of this process."""
+    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -15,6 +15,7 @@ from headplug import HeadplugError
 from headplug.compare import Plan, compare
 from headplug.compare.recipes import RECIPES
 from headplug.errors import OptionError, RunError, UnknownNameError
+from headplug.files import load_tensors
 
 SMALL = {
     "data": "digits",
@@ -126,6 +127,7 @@ def test_finished_runs_are_not_repeated_and_heads_can_be_added(finished):
     assert len(said) == 1
     assert "identity" in said[0]
     assert rows(results, "simclr") == rows(first, "simclr")
+    assert {r["head"] for r in results["runs"]} == {*plan.heads, "identity"}  # earlier ones stay
 
 
 def test_another_setting_in_the_same_folder_is_refused(finished):
@@ -171,6 +173,8 @@ def test_interrupted_run_resumes_to_the_same_result(tmp_path):
     wait_for(checkpoint, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    done = load_tensors(checkpoint)["headplug"]["losses"]
+    assert 1 <= len(done) < 4
     assert not (folder / "simclr_plain-seed0" / "run.json").exists()
     resumed = subprocess.run(
         [*arguments, "--out", str(folder)],
@@ -181,15 +185,31 @@ def test_interrupted_run_resumes_to_the_same_result(tmp_path):
     )
     ours, theirs = (json.loads(p.stdout)["runs"][0] for p in (resumed, whole))
     assert ours["losses"] == theirs["losses"]
+    assert ours["losses"][: len(done)] == done
+    assert len(ours["losses"]) == 4
     assert ours["taps"] == theirs["taps"]
 
 
 def test_loss_that_is_no_number_stops_with_step_and_checkpoint(tmp_path):
     plan = Plan(**SMALL, heads=("simclr_plain",), lr=1e30, out=str(tmp_path))
-    with pytest.raises(RunError, match=r"not a finite number at step \d+.*--lr"):
+    with pytest.raises(RunError, match=r"not a finite number at step \d+.*--lr.*none saved"):
         compare(plan, say=quiet)
     assert not list(tmp_path.rglob("run.json"))
     assert not list(tmp_path.rglob("*.partial"))
+    lower = Plan(**SMALL, heads=("simclr_plain",), lr=0.01, out=str(tmp_path))
+    assert compare(lower, say=quiet)["runs"]  # nothing was finished, so the folder is free
+
+
+def test_checkpoint_kept_after_a_bad_loss_is_finite(tmp_path):
+    """The rate is such that the first epochs are sound."""
+    options = {**SMALL, "epochs": 6}
+    plan = Plan(**options, heads=("identity",), lr=1e6, out=str(tmp_path))
+    with pytest.raises(RunError, match="holds the last good epoch"):
+        compare(plan, say=quiet)
+    state = load_tensors(tmp_path / "identity-seed0" / "checkpoint.ckpt")
+    tensors = [t for t in state["state_dict"].values() if t.is_floating_point()]
+    assert all(t.isfinite().all() for t in tensors)
+    assert torch.tensor(state["headplug"]["losses"]).isfinite().all()
 
 
 def test_one_failed_head_is_reported_and_the_others_finish(tmp_path, monkeypatch):
@@ -224,6 +244,9 @@ def test_one_failed_head_is_reported_and_the_others_finish(tmp_path, monkeypatch
         ({"stem": "tiny"}, OptionError, "small"),
         ({"heads": ("simclr",), "kappas": (1.1,)}, OptionError, "none of the heads"),
         ({"kappas": (0.5,)}, OptionError, "kappa"),
+        ({"precision": "fp16"}, OptionError, "16-mixed"),
+        ({"lr": -1.0}, OptionError, "positive"),
+        ({"probes": ("knm",)}, UnknownNameError, "knn"),
     ],
 )
 def test_plan_refuses_before_anything_is_computed(options, error, words):
@@ -237,7 +260,6 @@ def test_plan_refuses_before_anything_is_computed(options, error, words):
         ({"backbone": "resnet81"}, "resnet18"),
         ({"batch_size": 512}, "batch"),
         ({"data": "didgits"}, "digits"),
-        ({"probes": ("knm",)}, "knn"),
     ],
 )
 def test_job_refuses_with_the_next_thing_to_type(options, words, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -235,13 +236,14 @@ def test_the_tables_hold_the_numbers_of_the_results(page):
 
     before, after = next(row for row in rows if row[0] == "simclr (default)"), rows[0]
     assert after[1:4] == ["pre_projection", "projection", "before - after"]
-    for column, tap in ((1, "pre_projection"), (3, "projection")):
+    for column, tap in ((1, "pre_projection"), (4, "projection")):
         low, high = mean_of(tap, "linear", "low"), mean_of(tap, "linear", "high")
         assert before[column] == f"{mean_of(tap, 'linear'):.1f} [{low:.1f}, {high:.1f}]"
-        assert before[column + 1] == f"{mean_of(tap, 'knn'):.1f}"
+        others = [f"{mean_of(tap, probe):.1f}" for probe in ("knn", "ridge")]
+        assert before[column + 1 : column + 3] == others
     costs = [row for row in rows if row[0] == "simclr (default)"][1]
     assert costs[1] == "pre_projection"
-    assert costs[4:] == ["900", "328,576", "65,664", "1.23"]
+    assert costs[5:] == ["900", "328,576", "65,664", "1.23"]
     run, row = results["runs"][3], results["runs"][3]["taps"][4]
     full = [run["head"], "1", row["tap"], row["probe"], "lr=0.1, weight_decay=0.0"]
     shown = next(cells for cells in rows if cells[:5] == full)
@@ -258,7 +260,7 @@ def test_the_text_table_shows_the_same_numbers_best_head_first(page):
     ]
     names = [row[0].split("[")[0] for row in cells if row[0].startswith(("ae", "sim", "rew"))]
     assert names == ["ae_embedding", "simclr (default)", "reweighting"] * 2
-    assert max(map(len, lines)) <= 110
+    assert max(map(len, lines)) <= 120
 
 
 def test_hostile_names_are_text_and_stay_text(page):
@@ -344,7 +346,7 @@ def test_one_tap_one_probe_and_nothing_optional(page):
     parsed = page(results)
     assert parsed.count("svg") == 1
     assert "Accuracy of the ridge probe" in parsed.text
-    assert parsed.rows[2][3:] == ["-", "-", "-"]  # projection and the difference were not measured
+    assert parsed.rows[2][2:] == ["-", "-"]  # projection and the difference were not measured
 
 
 def test_a_sweep_tells_the_best_and_the_default_apart_and_counts_the_rest(page):
@@ -420,3 +422,16 @@ def test_a_real_browser_shows_the_answer_and_the_figures(browser, tmp_path):
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize(
+    "probes", [["knn"], ["ridge"], ["knn", "ridge"], ["knn", "linear", "ridge"]]
+)
+def test_the_table_has_a_column_for_each_probe_that_ran_and_no_other(probes):
+    some = copy.deepcopy(results_of())
+    for run in some["runs"]:
+        run["taps"] = [row for row in run["taps"] if row["probe"] in probes]
+    some["summary"]["probe"] = "linear" if "linear" in probes else probes[0]
+    header = results_table(some).splitlines()[3].split()
+    for probe in ("knn", "linear", "ridge"):
+        assert header.count(probe) == 2 * (probe in probes)
