@@ -198,7 +198,7 @@ def test_the_default_head_may_come_first():
     results = results_of(heads=("simclr", "reweighting[kappa=1.05]"), gain=None)
     lead, verdict, *_ = answer(results)
     assert lead.startswith("Keep the default head `simclr` and read features at `pre_projection`")
-    assert verdict == "It came first against 1 other head."
+    assert verdict == "On held-out train it came first of 2 heads."
     assert answer(results_of(heads=("simclr",), gain=None))[1] == "No other head ran."
 
 
