@@ -195,7 +195,7 @@ def pretrain_autoencoder(
     if not len(train):
         raise DataError(f"{len(data)} images are too few to hold out {held} for validation.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # leaves the generators of GPUs alone
         ae = Autoencoder(tuple(data.shape[1:]), latent_dim, hidden_dim)
     ae.to(place)
     optimizer = torch.optim.Adam(ae.parameters(), lr=lr, fused=True)
