@@ -69,11 +69,12 @@ class Views(nn.Module):
         return self.normalize(images.float() / 255)
 
 
-def statistics(images: Tensor, standardize: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images; else 0 and 1."""
-    channels = images.shape[1]
-    if not standardize:
-        return torch.zeros(channels), torch.ones(channels)
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of uint8 images, on the scale of [0, 1].
+
+    >>> statistics(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
+    (tensor([0.5000]), tensor([0.5000]))
+    """
     counts = torch.stack(
         [torch.bincount(c.flatten().int(), minlength=256) for c in images.unbind(1)]
     )

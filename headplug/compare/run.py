@@ -55,7 +55,12 @@ class Runner:
         self.plan, self.data = plan, data
         EpochBatches(len(data.train), plan.batch_size, world_size=plan.devices * plan.nodes)
         self.width = int(self._backbone(0).num_features)  # type: ignore[arg-type]
-        mean, std = statistics(data.train.tensor(), plan.standardize)
+        channels = data.train.shape[0]
+        mean, std = torch.zeros(channels), torch.ones(channels)
+        if plan.standardize:  # of at most 10,000 images, so that they need not all be in memory
+            count = len(data.train)
+            rows = torch.linspace(0, count - 1, min(count, 10_000)).long()
+            mean, std = statistics(data.train[rows][0])
         self.views = Views(data.train.shape, mean, std)
 
     def __call__(self, choice: HeadChoice, seed: int, folder: Path) -> str:
