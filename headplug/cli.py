@@ -163,7 +163,6 @@ def compare(
     """Train a model with each head, probe every layer, say which head and layer win."""
     from headplug.compare import Plan
     from headplug.compare import compare as run
-    from headplug.compare.digest import answer, results_table
     from headplug.compare.processes import launched
 
     _quiet()
@@ -196,15 +195,8 @@ def compare(
         _under_torchrun(devices, nodes)
     command = shlex.join(["headplug", *sys.argv[1:]])
     results = run(plan, say=lambda line: print(line, file=sys.stderr), command=command)
-    if not results:  # not the first of several processes
-        return
-    if json_:
-        print(json.dumps(results, indent=1))
-        return
-    print(results_table(results))
-    print()
-    print("\n".join(answer(results)))
-    print(f"\nresults: {plan.folder / 'results.json'}\nreport:  {plan.folder / 'report.html'}")
+    if results:  # there are none on the other of several processes
+        _show(results, plan.folder, json_)
 
 
 @app.command()
@@ -213,7 +205,6 @@ def report(
     json_: AsJson = False,
 ) -> None:
     """Print a run's table and write its report.html anew."""
-    from headplug.compare.digest import answer, results_table
     from headplug.compare.report import write_report
 
     path = run / "results.json" if run.is_dir() else run
@@ -223,14 +214,8 @@ def report(
         results = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise OptionError(f"{path} is not JSON: {error}.") from None
-    page = write_report(results, path.with_name("report.html"))
-    if json_:
-        print(json.dumps(results, indent=1))
-        return
-    print(results_table(results))
-    print()
-    print("\n".join(answer(results)))
-    print(f"\nreport: {page}")
+    write_report(results, path.with_name("report.html"))
+    _show(results, path.parent, json_)
 
 
 def main() -> NoReturn:
@@ -263,6 +248,17 @@ def _explain(error: Exception) -> tuple[int, str]:
         missing = error.name or error
         return 1, f"{missing} is missing; install it with: pip install 'headplug[compare]'"
     return 1, f"{type(error).__name__}: {error} (headplug --debug ... shows where)"
+
+
+def _show(results: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Prints the outcome of a comparison, and where it stands."""
+    from headplug.compare.digest import answer, results_table
+
+    if as_json:
+        print(json.dumps(results, indent=1))
+        return
+    print(results_table(results), "", *answer(results), "", sep="\n")
+    print(f"results: {folder / 'results.json'}\nreport:  {folder / 'report.html'}")
 
 
 def _under_torchrun(devices: int, nodes: int) -> NoReturn:
