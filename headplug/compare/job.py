@@ -84,9 +84,10 @@ def _claim(plan: Plan, data: ImageData) -> None:
     asked = {"fingerprint": plan.fingerprint, "data": data.fingerprint}
     if path.is_file():
         there = json.loads(path.read_text("utf-8"))
-        if {k: there.get(k) for k in asked} != asked and not any(plan.folder.glob(f"*/{RECORD}")):
+        same = {k: there.get(k) for k in asked} == asked
+        if not same and not any(plan.folder.glob(f"*/{RECORD}")):
             _forget(plan.folder)
-        elif {k: there.get(k) for k in asked} != asked:
+        elif not same:
             old, new = there["config"], plan.shared
             differ = [
                 f"{k} {old.get(k)!r} there, {v!r} now" for k, v in new.items() if old.get(k) != v

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headplug.compare.recipes import recipe
 from headplug.errors import OptionError, unknown
 from headplug.heads import create_head, describe_head
@@ -180,7 +182,8 @@ class Plan:
                 listing = ",".join(f"{o}={v}" for o, v in options.items())
                 label = f"{name}[{listing}]" if listing else name
                 found[label] = HeadChoice(label, {"name": name, **options})
-                create_head({**found[label].options, "input_dim": 8})  # a wrong value fails now
+                with torch.device("meta"):  # a wrong value fails now, and nothing is allocated
+                    create_head({**found[label].options, "input_dim": 8})
         given = {
             "widths": WIDTH_OPTIONS,
             "output_dims": ("output_dim",),

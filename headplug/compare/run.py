@@ -34,6 +34,7 @@ from headplug.heads import AEEmbeddingHead, create_head, describe_head
 from headplug.probing import LayerReport, probe_layers
 from headplug.store import FeatureStore, extract_features
 from headplug.swap import ANCHOR
+from headplug.swap.report import count
 
 HEAD = "projection_head."
 RECORD = "run.json"
@@ -58,8 +59,8 @@ class Runner:
         channels = data.train.shape[0]
         mean, std = torch.zeros(channels), torch.ones(channels)
         if plan.standardize:  # of at most 10,000 images, so that they need not all be in memory
-            count = len(data.train)
-            rows = torch.linspace(0, count - 1, min(count, 10_000)).long()
+            total = len(data.train)
+            rows = torch.linspace(0, total - 1, min(total, 10_000)).long()
             mean, std = statistics(data.train[rows][0])
         self.views = Views(data.train.shape, mean, std)
 
@@ -92,13 +93,15 @@ class Runner:
         report = probe_layers(
             learned, tested, probes=list(self.plan.probes), seed=seed, show_progress=True
         )
+        trainable, frozen = count(model.projection_head)
         record: dict[str, Any] = {
             "head": choice.label,
             "head_config": model.projection_head.config,
             "seed": seed,
             "train_images_per_s": model.images / model.seconds,
             "train_seconds": model.seconds,
-            **_parameters(model.projection_head),
+            "head_params_trainable": trainable,
+            "head_params_frozen": frozen,
             "losses": model.losses,
             "taps": report.rows,
             "spectra": report.spectra,
@@ -192,12 +195,6 @@ def _finish(
         np.savez_compressed(file, **{k: v.numpy() for k, v in hits.items()})
     write_json(folder / RECORD, record)
     (folder / "checkpoint.ckpt").unlink(missing_ok=True)
-
-
-def _parameters(head: nn.Module) -> dict[str, int]:
-    trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
-    every = sum(t.numel() for t in (*head.parameters(), *head.buffers()))
-    return {"head_params_trainable": trained, "head_params_frozen": every - trained}
 
 
 def _before_and_after(report: LayerReport) -> str:

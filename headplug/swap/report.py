@@ -62,7 +62,7 @@ def make_report(
     model: nn.Module, place: HeadSlot, old: nn.Module, new: nn.Module, output_dim: int
 ) -> SwapReport:
     """What putting a new head in the place of the old one changes; nothing is changed by it."""
-    trainable, frozen = zip(_count(old), _count(new), strict=True)
+    trainable, frozen = zip(count(old), count(new), strict=True)
     return SwapReport(
         slot=place,
         paths=paths_of(model, old),
@@ -115,6 +115,7 @@ def _config(head: nn.Module) -> dict[str, Any]:
     return {"name": type(head).__name__}
 
 
-def _count(module: nn.Module) -> tuple[int, int]:
+def count(module: nn.Module) -> tuple[int, int]:
+    """How many values of a module are trained, and how many are not, buffers included."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained, sum(t.numel() for t in tensors(module)) - trained
