@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headplug.errors import CheckpointError, UnknownNameError
 
+Weights = str | Path | Mapping[str, Any] | nn.Module | tuple[Tensor, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 

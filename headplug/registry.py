@@ -34,7 +34,9 @@ class Entry:
         summary: One line on what it is.
         paper: Where it comes from, e.g. "arXiv 2002.05709".
         preset: Values that replace the builder's own defaults.
-        source: The class it must equal, as "package.module:Class", where there is one.
+        source: What it must equal, where there is such a thing: "package.module:Class", or
+            "package.module:Class.attribute" for a part of a class.
+        finish: What every entry of the registry goes through once built; see `Registry`.
     """
 
     name: str
@@ -43,21 +45,27 @@ class Entry:
     paper: str = ""
     preset: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    finish: Builder | None = None
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
-        """The builder's parameters, with the preset's values as their defaults."""
-        try:
-            signature = inspect.signature(self.builder, eval_str=True)
-        except Exception:  # an annotation that means nothing at run time: types go unchecked
-            signature = inspect.signature(self.builder)
+        """The parameters of builder and finish, with the preset's values as their defaults."""
+        own = _parameters(self.builder)
+        rest = [p for p in own if p.kind is p.VAR_KEYWORD]
         parameters = [
-            p if p.kind is p.VAR_KEYWORD
-            else p.replace(kind=p.KEYWORD_ONLY, default=self.preset.get(p.name, p.default))
-            for p in signature.parameters.values()
-            if p.kind is not p.VAR_POSITIONAL
-        ]  # fmt: skip
-        return inspect.Signature(parameters)
+            p.replace(kind=p.KEYWORD_ONLY, default=self.preset.get(p.name, p.default))
+            for p in [*own, *self.shared]
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        return inspect.Signature([*parameters, *rest])
+
+    @property
+    def shared(self) -> list[inspect.Parameter]:
+        """What finish takes besides what was built; a builder that takes any option gets all."""
+        if self.finish is None or any(p.kind is p.VAR_KEYWORD for p in _parameters(self.builder)):
+            return []
+        own = {p.name for p in _parameters(self.builder)}
+        return [p for p in _parameters(self.finish)[1:] if p.name not in own]
 
     @property
     def open_ended(self) -> bool:
@@ -119,6 +127,14 @@ class Entry:
             )
         return {**self.defaults, **options}
 
+    def build(self, options: Mapping[str, Any]) -> Any:
+        """Calls the builder, and finish on what it returns, with options that `bind` returned."""
+        last = {p.name for p in self.shared}
+        built = self.builder(**{k: v for k, v in options.items() if k not in last})
+        if self.finish is not None:
+            self.finish(built, **{k: v for k, v in options.items() if k in last})
+        return built
+
 
 class Registry:
     """Entries of one kind, by name.
@@ -129,6 +145,8 @@ class Registry:
             class, which is registered under the entry point's name, to a function, which is
             called, or to a module, whose import registers.
         listing: How a user lists the names, for messages.
+        finish: Called on everything that is built, with those of its options that the builder does
+            not take itself; so every entry has them.
 
     >>> shapes = Registry("shape")
     >>> _ = shapes.register("square", lambda side=1: side**2, summary="a square")
@@ -136,10 +154,17 @@ class Registry:
     9
     """
 
-    def __init__(self, kind: str, group: str | None = None, listing: str = "") -> None:
+    def __init__(
+        self,
+        kind: str,
+        group: str | None = None,
+        listing: str = "",
+        finish: Builder | None = None,
+    ) -> None:
         self.kind = kind
         self.group = group
         self.listing = listing
+        self.finish = finish
         self._entries: dict[str, Entry] = {}
         self._loaded = False
 
@@ -162,7 +187,7 @@ class Registry:
             summary: One line on what it is.
             paper: Where it comes from, e.g. "arXiv 2002.05709".
             preset: Values that replace the builder's own defaults.
-            source: The class it must equal, as "package.module:Class", where there is one.
+            source: What it must equal; see `Entry`.
             overwrite: Replace an entry of the same name.
 
         Raises:
@@ -192,7 +217,7 @@ class Registry:
             )
         if not callable(builder):
             raise OptionError(f"the builder of {name!r} must be a class or function: {builder!r}.")
-        entry = Entry(name, builder, summary, paper, fixed, source)
+        entry = Entry(name, builder, summary, paper, fixed, source, self.finish)
         try:
             entry.check(fixed)
         except OptionError as error:
@@ -225,7 +250,7 @@ class Registry:
             OptionError: An option is unknown, missing or of the wrong type.
         """
         entry = self.get(name)
-        return entry.builder(**entry.bind(options))
+        return entry.build(entry.bind(options))
 
     def _load(self) -> None:
         if self._loaded or self.group is None:
@@ -246,6 +271,14 @@ class Registry:
                     f"({point.value!r}): {type(error).__name__}: {error}",
                     stacklevel=3,
                 )
+
+
+def _parameters(builder: Builder) -> list[inspect.Parameter]:
+    try:
+        signature = inspect.signature(builder, eval_str=True)
+    except Exception:  # an annotation that means nothing at run time: types go unchecked
+        signature = inspect.signature(builder)
+    return list(signature.parameters.values())
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

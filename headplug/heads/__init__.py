@@ -12,15 +12,38 @@ from typing import Any
 
 from torch import nn
 
+from headplug.checkpoints import Weights
 from headplug.errors import OptionError
+from headplug.heads import parameters
 from headplug.heads.ae_embedding import AEEmbeddingHead
 from headplug.heads.base import ProjectionHead
 from headplug.heads.identity import IdentityHead
+from headplug.heads.loading import read_head
 from headplug.heads.mlp import PRESETS, MLPHead
 from headplug.heads.reweighting import ReweightingHead
 from headplug.registry import Entry, Registry
 
-HEADS = Registry("head", group="headplug.heads", listing="`headplug heads` lists them all.")
+
+def _finish(
+    head: object, freeze: bool | str | Sequence[str] = False, weights: Weights | None = None
+) -> None:
+    """What any head can be given: weights from a file or another module, then frozen layers."""
+    if not isinstance(head, nn.Module):
+        return  # refused by create_head
+    if weights is not None:
+        head.load_state_dict(read_head(weights, head))
+    if isinstance(head, ProjectionHead):
+        head.freeze_layers(freeze)
+    else:
+        parameters.freeze(head, freeze)
+
+
+HEADS = Registry(
+    "head",
+    group="headplug.heads",
+    listing="`headplug heads` lists them all.",
+    finish=_finish,
+)
 register_head = HEADS.register
 
 register_head("mlp", MLPHead, summary="the builder of every MLP head here, with plain defaults")
@@ -58,7 +81,7 @@ def describe_head(name: str) -> Entry:
 
     >>> describe_head("identity")
     identity: no head: the loss sees the representation itself
-      options  input_dim (required), output_dim=None
+      options  input_dim (required), output_dim=None, freeze=False, weights=None
     >>> describe_head("byol").defaults["hidden_dim"]
     4096
     """
@@ -71,6 +94,9 @@ def create_head(name: str | Mapping[str, Any], /, **options: Any) -> nn.Module:
     Args:
         name: A registered name, or a mapping with the key "name" (a dict, JSON, OmegaConf).
         options: What the head takes, `input_dim` always among it; they win over the mapping's.
+            Every head takes `weights` (a file, state dict or module; see
+            `headplug.heads.loading.read_head`) and `freeze` (True, or paths such as "layers.0"; see
+            `ProjectionHead.freeze_layers`).
 
     Returns:
         The head, with `input_dim`, `output_dim` and `config`, a mapping that `create_head` accepts
@@ -94,14 +120,15 @@ def create_head(name: str | Mapping[str, Any], /, **options: Any) -> nn.Module:
         raise OptionError(f"a head is named by a string or a mapping, not by {name!r}.")
     entry = HEADS.get(name)
     bound = entry.bind({str(k): _plain(v) for k, v in options.items()})
-    head: object = entry.builder(**bound)
+    head: object = entry.build(bound)
     if not isinstance(head, nn.Module):
         raise OptionError(f"the builder of {name!r} returned {type(head).__name__}, not a module.")
-    config = {"name": name, **{k: v for k, v in bound.items() if k != "weights"}}
+    unset = {"weights", *(p.name for p in entry.shared if bound[p.name] is p.default)}
+    config = {"name": name, **{k: v for k, v in bound.items() if k not in unset}}
     if isinstance(head, ProjectionHead):
         head.name = name
         if type(head) is not entry.builder or entry.open_ended:
-            head.recipe = config
+            head.recipe, head.inherent = config, head.frozen
         return head
     return _complete(head, config)
 

@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headplug.checkpoints import read_embedding
+from headplug.checkpoints import Weights, read_embedding
 from headplug.errors import DimensionError, HeadplugError
 from headplug.heads.base import ACTIVATIONS, ProjectionHead, choose, positive
 
-Weights = str | Path | Mapping[str, Any] | nn.Module | tuple[Tensor, Tensor]
-
-
-class FrozenLinear(nn.Module):
-    """A linear layer whose weights are buffers: no optimiser, EMA or `requires_grad_` moves them.
-
-    Its state dict has the keys of `nn.Linear`.
-
-    Args:
-        in_features: Width of the input.
-        out_features: Width of the output.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        layer = nn.Linear(in_features, out_features)
-        self.register_buffer("weight", layer.weight.detach())
-        self.register_buffer("bias", layer.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `(..., in_features)` to `(..., out_features)`."""
-        return F.linear(x, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        """The shape, for `print`."""
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, frozen"
+EMBEDDING = "layers.embedding"
 
 
 class AEEmbeddingHead(ProjectionHead):
@@ -59,7 +29,7 @@ class AEEmbeddingHead(ProjectionHead):
         embedding_dim: Width of the embedding; left out, that of `weights`, or 256 without any.
         output_dim: Width of the projection.
         activation: relu, silu, gelu, sigmoid, tanh or identity.
-        freeze: Whether the embedding layer stays as it is.
+        freeze: Whether the embedding layer stays as it is; or the paths of the layers that do.
         weights: Where the embedding layer comes from: see `headplug.checkpoints.read_embedding`.
 
     Raises:
@@ -73,6 +43,7 @@ class AEEmbeddingHead(ProjectionHead):
     """
 
     name = "ae_embedding"
+    other_keys: ClassVar = {"0.": "layers.embedding.", "2.": "layers.output."}  # the authors'
     pretrained: Tensor
 
     def __init__(
@@ -81,7 +52,7 @@ class AEEmbeddingHead(ProjectionHead):
         embedding_dim: int | None = None,
         output_dim: int = 128,
         activation: str = "tanh",
-        freeze: bool = True,
+        freeze: bool | str | Sequence[str] = True,
         weights: Weights | None = None,
     ) -> None:
         super().__init__(input_dim, output_dim)
@@ -90,11 +61,9 @@ class AEEmbeddingHead(ProjectionHead):
             embedding_dim = 256 if pretrained is None else pretrained[0].shape[0]
         self.embedding_dim = positive("embedding_dim", embedding_dim)
         self.activation = activation
-        self.freeze = freeze
-        linear = FrozenLinear if freeze else nn.Linear
         self.layers = nn.Sequential(
             OrderedDict(
-                embedding=linear(input_dim, embedding_dim),
+                embedding=nn.Linear(input_dim, embedding_dim),
                 activation=choose("activation", activation, ACTIVATIONS)(),
                 output=nn.Linear(embedding_dim, output_dim),
             )
@@ -103,6 +72,7 @@ class AEEmbeddingHead(ProjectionHead):
         self._is_pretrained = False
         if pretrained is not None:
             self._fill(*pretrained)
+        self.freeze_layers(EMBEDDING if freeze is True else freeze)
 
     @classmethod
     def from_autoencoder(
@@ -110,7 +80,7 @@ class AEEmbeddingHead(ProjectionHead):
         source: Weights,
         output_dim: int = 128,
         activation: str = "tanh",
-        freeze: bool = True,
+        freeze: bool | str | Sequence[str] = True,
     ) -> AEEmbeddingHead:
         """A head whose widths and embedding layer are those of a trained autoencoder.
 
@@ -129,9 +99,14 @@ class AEEmbeddingHead(ProjectionHead):
         return cls(input_dim, embedding_dim, output_dim, activation, freeze, weights=(weight, bias))
 
     @property
-    def embedding(self) -> FrozenLinear | nn.Linear:
+    def freeze(self) -> bool | list[str]:
+        """What is frozen, as the constructor takes it."""
+        return self.frozen == (EMBEDDING,) or list(self.frozen)
+
+    @property
+    def embedding(self) -> nn.Linear:
         """The layer that comes from the autoencoder."""
-        return cast("FrozenLinear | nn.Linear", self.layers.get_submodule("embedding"))
+        return cast("nn.Linear", self.get_submodule(EMBEDDING))
 
     def project(self, x: Tensor) -> Tensor:
         """The head on `(batch, input_dim)`.
@@ -166,6 +141,7 @@ class AEEmbeddingHead(ProjectionHead):
         self._is_pretrained = True
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.translate(state, prefix)
         own = self.embedding.state_dict()
         given = {n: state.get(f"{prefix}layers.embedding.{n}") for n in own}
         fits = all(getattr(given[n], "shape", None) == own[n].shape for n in own)

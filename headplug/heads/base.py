@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from headplug.errors import DimensionError, OptionError, unknown
+from headplug.heads import parameters
 
 T = TypeVar("T")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -38,12 +39,15 @@ class ProjectionHead(nn.Module):
 
     name = ""
     recipe: Mapping[str, Any] | None = None  # the config, where the constructor does not show it
+    inherent: tuple[str, ...] = ()  # what the recipe freezes by itself
+    other_keys: ClassVar[Mapping[str, str]] = {"": "layers."}  # solo-learn's key prefixes: ours
     layers: nn.Module
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__()
         self.input_dim = positive("input_dim", input_dim)
         self.output_dim = positive("output_dim", output_dim)
+        self.frozen: tuple[str, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -52,15 +56,16 @@ class ProjectionHead(nn.Module):
         Raises:
             OptionError: The class does not store a constructor argument.
         """
+        frozen = {"freeze": list(self.frozen)} if self.frozen != self.inherent else {}
         if self.recipe is not None:
-            return dict(self.recipe)
+            return {**self.recipe, **frozen}
         options = [o for o in inspect.signature(type(self)).parameters if o != "weights"]
         for option in options:
             if not hasattr(self, option):
                 raise OptionError(
                     f"{type(self).__name__} takes {option!r} and must store it as `self.{option}`."
                 )
-        return {"name": self.name, **{o: getattr(self, o) for o in options}}
+        return {"name": self.name, **frozen, **{o: getattr(self, o) for o in options}}
 
     def forward(self, x: Tensor) -> Tensor:
         """Projects `x` of shape `(..., input_dim)`.
@@ -82,9 +87,60 @@ class ProjectionHead(nn.Module):
         z: Tensor = self.layers(x)
         return z
 
+    def freeze_layers(self, what: bool | str | Sequence[str] = True) -> None:
+        """Fixes layers for good: their weights become buffers, under the same keys.
+
+        Args:
+            what: True for the whole head, or paths or globs of layers or single weights, e.g.
+                "layers.0".
+
+        Raises:
+            UnknownNameError: A path matches nothing; the message shows the closest ones.
+        """
+        chosen = parameters.freeze(self, what)
+        self.frozen += tuple(p for p in chosen if p not in self.frozen)
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for an optimiser; biases, norms and their like do not decay.
+
+        See `headplug.heads.parameters.param_groups`.
+
+        Args:
+            weight_decay: For the weights that decay.
+        """
+        return parameters.param_groups(self, weight_decay)
+
     def extra_repr(self) -> str:
         """The config, for `print(head)`."""
         return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
+
+    def solo_state_dict(self) -> dict[str, Tensor]:
+        """The weights under solo-learn's names: bare `0.weight`, where ours say `layers.0.weight`.
+
+        The other direction needs no call: `load_state_dict` reads both.
+        """
+        state = self.state_dict()
+        for theirs, ours in self.other_keys.items():
+            state = {_rename(k, ours, theirs): v for k, v in state.items()}
+        return state
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.translate(state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def translate(self, state: dict[str, Any], prefix: str = "") -> None:
+        """Renames another library's keys below a prefix to ours, in place."""
+        own = self.state_dict().keys()
+        for key in [k for k in state if k.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if name not in own:
+                renamed = (_rename(name, theirs, ours) for theirs, ours in self.other_keys.items())
+                if found := next((n for n in renamed if n in own), None):
+                    state[prefix + found] = state.pop(key)
+
+
+def _rename(key: str, old: str, new: str) -> str:
+    return new + key.removeprefix(old) if key.startswith(old) else key
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
@@ -106,4 +162,15 @@ def positive(name: str, value: int) -> int:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise OptionError(f"{name} must be a positive integer, not {value!r}.")
+    return value
+
+
+def probability(name: str, value: float) -> float:
+    """A probability below one, checked.
+
+    Raises:
+        OptionError: It is not in [0, 1).
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise OptionError(f"{name} must be a number in [0, 1), not {value!r}.")
     return value

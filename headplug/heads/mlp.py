@@ -7,12 +7,12 @@ carry over from lightly's heads and back.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from headplug.heads.base import ACTIVATIONS, ProjectionHead, choose, positive
+from headplug.heads.base import ACTIVATIONS, ProjectionHead, choose, positive, probability
 
 Norm = Literal["batch", "batch_no_affine", "layer", "none"]
 NORMS: dict[str, Callable[[int], list[nn.Module]]] = {
@@ -23,10 +23,46 @@ NORMS: dict[str, Callable[[int], list[nn.Module]]] = {
 }
 
 
-class MLPHead(ProjectionHead):
-    """`num_layers` linear layers with norm and activation between them.
+def stack(
+    widths: Sequence[int],
+    activation: Callable[[int], nn.Module],
+    norm: Norm = "none",
+    output_norm: Norm = "none",
+    bias: bool | None = None,
+    output_bias: bool | None = None,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Linear layers of these widths, with norm, activation and dropout between them.
 
-    A linear layer has a bias where no norm follows it, as in lightly.
+    Args:
+        widths: That of the input, of each hidden layer, of the output.
+        activation: Makes the activation behind a hidden layer of some width.
+        norm: After every hidden layer; a name in `NORMS`.
+        output_norm: The same after the last layer.
+        bias: Whether linear layers have one; None: those that no norm follows.
+        output_bias: The same for the last layer.
+        dropout: Probability with which an activation is set to zero in training.
+
+    Raises:
+        OptionError: No norm has that name.
+    """
+    make_norm, make_output_norm = (
+        choose("norm", norm, NORMS),
+        choose("output_norm", output_norm, NORMS),
+    )
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(widths[:-1]):
+        layers.append(nn.Linear(fan_in, fan_out, bias=norm == "none" if bias is None else bias))
+        layers += [*make_norm(fan_out), activation(fan_out)]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    if output_bias is None:
+        output_bias = output_norm == "none" if bias is None else bias
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=output_bias))
+    return nn.Sequential(*layers, *make_output_norm(widths[-1]))
+
+
+class MLPHead(ProjectionHead):
+    """`num_layers` linear layers with norm, activation and dropout between them.
 
     Args:
         input_dim: Width of the representation.
@@ -36,6 +72,11 @@ class MLPHead(ProjectionHead):
         activation: relu, silu, gelu, sigmoid, tanh or identity.
         norm: After every hidden layer: batch, batch_no_affine, layer or none.
         output_norm: The same after the last layer.
+        bias: Whether linear layers have a bias; left out, those do that no norm follows, as in
+            lightly.
+        output_bias: The same for the last layer; left out, `bias` counts. "frozen" gives it one
+            that is never trained, as in solo-learn's SimSiam.
+        dropout: Probability with which an activation is set to zero in training.
 
     Raises:
         OptionError: An option has an impossible value.
@@ -49,6 +90,7 @@ class MLPHead(ProjectionHead):
     """
 
     name = "mlp"
+    layers: nn.Sequential
 
     def __init__(
         self,
@@ -59,6 +101,9 @@ class MLPHead(ProjectionHead):
         activation: str = "relu",
         norm: Norm = "batch",
         output_norm: Norm = "none",
+        bias: bool | None = None,
+        output_bias: bool | Literal["frozen"] | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(input_dim, output_dim)
         self.hidden_dim = positive("hidden_dim", input_dim if hidden_dim is None else hidden_dim)
@@ -66,16 +111,26 @@ class MLPHead(ProjectionHead):
         self.activation = activation
         self.norm = norm
         self.output_norm = output_norm
+        self.bias = bias
+        self.output_bias = output_bias
+        self.dropout = probability("dropout", dropout)
         make_activation = choose("activation", activation, ACTIVATIONS)
-        make_norm = choose("norm", norm, NORMS)
-        make_output_norm = choose("output_norm", output_norm, NORMS)
-        widths = [input_dim, *[self.hidden_dim] * (num_layers - 1)]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in itertools.pairwise(widths):
-            layers += [nn.Linear(fan_in, fan_out, bias=norm == "none"), *make_norm(fan_out)]
-            layers.append(make_activation())
-        layers.append(nn.Linear(widths[-1], output_dim, bias=output_norm == "none"))
-        self.layers = nn.Sequential(*layers, *make_output_norm(output_dim))
+        self.layers = stack(
+            [input_dim, *[self.hidden_dim] * (num_layers - 1), output_dim],
+            lambda width: make_activation(),
+            norm,
+            output_norm,
+            bias,
+            None if output_bias is None else bool(output_bias),
+            dropout,
+        )
+        if output_bias == "frozen":
+            self.linear_layers[-1].bias.requires_grad_(False)
+
+    @property
+    def linear_layers(self) -> list[nn.Linear]:
+        """The linear layers, first to last."""
+        return [m for m in self.layers if isinstance(m, nn.Linear)]
 
 
 def _preset(
