@@ -14,12 +14,22 @@ from torch import nn
 
 from headplug.checkpoints import Weights
 from headplug.errors import OptionError
-from headplug.heads import parameters
+from headplug.heads import (
+    ae_embedding,
+    dino,
+    identity,
+    mlp,
+    parameters,
+    prototypes,
+    rbf,
+    residual,
+    reweighting,
+)
 from headplug.heads.ae_embedding import AEEmbeddingHead
 from headplug.heads.base import ProjectionHead
 from headplug.heads.identity import IdentityHead
 from headplug.heads.loading import read_head
-from headplug.heads.mlp import PRESETS, MLPHead
+from headplug.heads.mlp import MLPHead
 from headplug.heads.reweighting import ReweightingHead
 from headplug.registry import Entry, Registry
 
@@ -46,22 +56,9 @@ HEADS = Registry(
 )
 register_head = HEADS.register
 
-register_head("mlp", MLPHead, summary="the builder of every MLP head here, with plain defaults")
-register_head(
-    "ae_embedding",
-    AEEmbeddingHead,
-    summary="frozen embedding layer of a pretrained autoencoder, activation, linear layer",
-    paper="arXiv 2408.14514",
-)
-register_head(
-    "reweighting",
-    ReweightingHead,
-    summary="fixed weights that fall by kappa per feature; nothing is trained",
-    paper="arXiv 2403.11391",
-)
-register_head("identity", IdentityHead, summary="no head: the loss sees the representation itself")
-for _name, _about in PRESETS.items():
-    register_head(_name, MLPHead, **_about)
+for _module in (ae_embedding, dino, identity, mlp, prototypes, rbf, residual, reweighting):
+    for _name, _about in _module.PRESETS.items():
+        register_head(_name, **_about)
 
 
 def list_heads(pattern: str = "*") -> list[str]:

@@ -150,3 +150,12 @@ class AEEmbeddingHead(ProjectionHead):
             state.setdefault(mark, torch.ones(()))
             self._is_pretrained = bool(state[mark])
         super()._load_from_state_dict(state, prefix, *args)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ae_embedding": {
+        "builder": AEEmbeddingHead,
+        "summary": "frozen embedding layer of a pretrained autoencoder, activation, linear layer",
+        "paper": "arXiv 2408.14514",
+    }
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from headplug.errors import DimensionError
@@ -42,3 +44,11 @@ def same_dim(name: str, input_dim: int, output_dim: int | None) -> int:
             f"possible with input_dim={input_dim}. Leave output_dim out."
         )
     return input_dim
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "identity": {
+        "builder": IdentityHead,
+        "summary": "no head: the loss sees the representation itself",
+    }
+}

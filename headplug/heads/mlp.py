@@ -137,6 +137,7 @@ def _preset(
     summary: str, paper: str, source: str, hidden_dim: int | None, output_dim: int, **options: Any
 ) -> dict[str, Any]:
     return {
+        "builder": MLPHead,
         "summary": summary,
         "paper": f"arXiv {paper}",
         "source": f"lightly.models.modules.heads:{source}" if source else "",
@@ -145,6 +146,7 @@ def _preset(
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "mlp": {"builder": MLPHead, "summary": "the builder of every MLP head here, with plain defaults"},
     "simclr": _preset(
         "SimCLR's projector as in lightly: batch norm after both layers",
         "2002.05709", "SimCLRProjectionHead", 2048, 128, output_norm="batch",

@@ -67,3 +67,12 @@ class ReweightingHead(ProjectionHead):
         if self.reweights.dtype != exact.dtype:  # .half() would round small weights to zero
             self.reweights = exact.to(self.reweights.device)
         return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "reweighting": {
+        "builder": ReweightingHead,
+        "summary": "fixed weights that fall by kappa per feature; nothing is trained",
+        "paper": "arXiv 2403.11391",
+    }
+}

@@ -1,0 +1,7 @@
+"""Prototypes behind a projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {}

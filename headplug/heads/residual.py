@@ -1,0 +1,7 @@
+"""Residual MLP heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {}
