@@ -49,24 +49,27 @@ def options(
 @app.command()
 def heads(
     pattern: Annotated[str, typer.Argument(help="A name or a glob, e.g. '*moco*'.")] = "*",
+    input_dim: Annotated[int, typer.Option(help="Width in front of the heads.")] = 512,
     json_: AsJson = False,
 ) -> None:
-    """List the projection heads, or show one whole."""
+    """List the projection heads with their layers and sizes, or show one whole."""
     from headplug.heads import describe_head, list_heads
+    from headplug.heads.zoo import summarise
 
     names = list_heads(pattern) or [pattern]  # an unknown name is refused by describe_head
-    entries = [describe_head(n) for n in names]
-    keys = ("name", "summary", "paper", "source", "defaults")
-    rows = [{k: getattr(e, k) for k in keys} for e in entries]
+    rows = [summarise(describe_head(n), input_dim) for n in names]
     if json_:
         print(json.dumps(rows, indent=1, default=str))
     elif len(rows) == 1:
         for key, value in rows[0].items():
             if key == "defaults":
-                value = ", ".join(f"{k}={v!r}" for k, v in value.items())
-            print(f"{key:9} {value or '-'}")
+                key, value = "options", ", ".join(f"{k}={v!r}" for k, v in value.items())
+            print(f"{key:16} {'-' if value in ('', None) else value}")
     else:
-        _table(["name", "paper", "summary"], [[r["name"], r["paper"], r["summary"]] for r in rows])
+        _table(
+            ["name", "layers", "dims", "parameters", "paper"],
+            [[r["name"], r["layers"], r["dims"], _parameters(r), r["paper"]] for r in rows],
+        )
 
 
 @app.command()
@@ -281,6 +284,12 @@ def _numbers(name: str, text: str, kind: type) -> list[Any]:
         return [kind(part) for part in _split(text)]
     except ValueError:
         raise OptionError(f"--{name} takes numbers with commas between, not {text!r}.") from None
+
+
+def _parameters(row: dict[str, Any]) -> str:
+    """How many values of a head are trained, and how many are fixed, for people."""
+    trained, fixed = row["params_trainable"], row["params_frozen"]
+    return "-" if trained is None else f"{trained:,}" + (f" (+{fixed:,} fixed)" if fixed else "")
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> None:

@@ -31,10 +31,10 @@ from headplug.compare.train import EpochBatches, SSLModel, train
 from headplug.device import pick_device
 from headplug.files import atomic, write_json
 from headplug.heads import AEEmbeddingHead, create_head, describe_head
+from headplug.heads.parameters import count
 from headplug.probing import LayerReport, probe_layers
 from headplug.store import FeatureStore, extract_features
 from headplug.swap import ANCHOR
-from headplug.swap.report import count
 
 HEAD = "projection_head."
 RECORD = "run.json"

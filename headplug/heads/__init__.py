@@ -18,8 +18,8 @@ from headplug.heads import (
     ae_embedding,
     dino,
     identity,
-    mlp,
     parameters,
+    presets,
     prototypes,
     rbf,
     residual,
@@ -56,7 +56,7 @@ HEADS = Registry(
 )
 register_head = HEADS.register
 
-for _module in (ae_embedding, dino, identity, mlp, prototypes, rbf, residual, reweighting):
+for _module in (ae_embedding, dino, identity, presets, prototypes, rbf, residual, reweighting):
     for _name, _about in _module.PRESETS.items():
         register_head(_name, **_about)
 
@@ -120,11 +120,12 @@ def create_head(name: str | Mapping[str, Any], /, **options: Any) -> nn.Module:
     head: object = entry.build(bound)
     if not isinstance(head, nn.Module):
         raise OptionError(f"the builder of {name!r} returned {type(head).__name__}, not a module.")
-    unset = {"weights", *(p.name for p in entry.shared if bound[p.name] is p.default)}
+    shared = (p for p in entry.shared if p.name not in entry.preset)
+    unset = {"weights", *(p.name for p in shared if bound[p.name] is p.default)}
     config = {"name": name, **{k: v for k, v in bound.items() if k not in unset}}
     if isinstance(head, ProjectionHead):
         head.name = name
-        if type(head) is not entry.builder or entry.open_ended:
+        if type(head) is not entry.builder or entry.open_ended or "freeze" in entry.preset:
             head.recipe, head.inherent = config, head.frozen
         return head
     return _complete(head, config)

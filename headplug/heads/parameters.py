@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from headplug.errors import unknown
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 class FrozenBatchNorm(nn.Module):
     """Batch norm whose scale, shift and statistics never change, under batch norm's own names.
@@ -31,22 +33,23 @@ class FrozenBatchNorm(nn.Module):
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
         self.eps = norm.eps
-        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        for name in ("weight", "bias", *STATISTICS):
             value = getattr(norm, name)
             self.register_buffer(name, None if value is None else value.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `(batch, features)` or `(batch, features, ...)` with the fixed statistics."""
+        of_batch = self.running_mean is None  # batch norm that tracks no statistics has no others
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            x, self.running_mean, self.running_var, self.weight, self.bias, of_batch, eps=self.eps
         )
 
 
 def freeze(module: nn.Module, what: bool | str | Sequence[str]) -> list[str]:
     """Turns weights into buffers: no optimiser, EMA update or `requires_grad_` moves them again.
 
-    State dicts keep their keys. Frozen batch norm keeps its statistics, too. Freeze before the
-    optimiser is built.
+    State dicts keep their keys. Frozen batch norm keeps its statistics, too, and a tied weight is
+    frozen wherever it is used. Freeze before the optimiser is built.
 
     Args:
         module: A head.
@@ -69,18 +72,21 @@ def freeze(module: nn.Module, what: bool | str | Sequence[str]) -> list[str]:
         patterns = ["*"] if what else []
     else:
         patterns = [what] if isinstance(what, str) else list(what)
-    paths = [p for p, _ in module.named_modules() if p]
-    names = [*paths, *dict(module.named_parameters()), *dict(module.named_buffers())]
-    chosen = {p: [n for n in names if fnmatchcase(n, p)] for p in patterns}
-    for pattern, matched in chosen.items():
-        if not matched and names and pattern != "*":
-            raise unknown("layer", pattern, names, "print(head) shows them.")
-    for matched in chosen.values():
-        for name in matched:
-            if name in paths:
-                _freeze_module(module, name)
-            else:
-                _freeze_weight(module, name)
+    layers = dict(module.named_modules(remove_duplicate=False))  # "" is the module itself
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    buffers = [n for n, _ in module.named_buffers() if not n.endswith(STATISTICS)]
+    known = [*layers, *weights, *buffers]  # buffers: what is frozen already may be frozen again
+    matched: list[str] = []
+    for pattern in patterns:
+        found = [name for name in known if pattern and fnmatchcase(name, pattern)]
+        if not found:
+            raise unknown("layer", pattern, filter(None, known), "print(head) shows them.")
+        matched += found
+    _freeze(
+        module,
+        {id(layer) for path, layer in layers.items() if _inside(path, matched)},
+        {id(weight) for path, weight in weights.items() if _inside(path, matched)},
+    )
     return patterns
 
 
@@ -113,22 +119,40 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def _freeze_module(root: nn.Module, path: str) -> None:
-    for inner, layer in list(root.get_submodule(path).named_modules()):
-        where = ".".join(filter(None, [path, inner]))
-        if isinstance(layer, _BatchNorm):
-            holder, _, name = where.rpartition(".")
-            root.get_submodule(holder)._modules[name] = FrozenBatchNorm(layer)
-            continue
-        if hasattr(layer, "fixed"):  # our own layers with statistics
-            layer.fixed = True
-        for name, _ in list(layer.named_parameters(recurse=False)):
-            _freeze_weight(root, f"{where}.{name}")
+def count(module: nn.Module) -> tuple[int, int]:
+    """How many weights of a module are trained, and how many are fixed.
+
+    Fixed weights may be buffers; running statistics and flags (buffers without dimensions) do not
+    count.
+
+    >>> count(nn.BatchNorm1d(8)), count(nn.Linear(8, 2).requires_grad_(False))
+    ((16, 0), (0, 18))
+    """
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    fixed: list[Tensor] = [p for p in module.parameters() if not p.requires_grad]
+    fixed += [
+        b
+        for n, b in module.named_buffers()
+        if b.ndim and not n.split(".")[-1].startswith("running_")
+    ]
+    return trained, sum(t.numel() for t in fixed)
 
 
-def _freeze_weight(root: nn.Module, path: str) -> None:
-    holder, _, name = path.rpartition(".")
-    layer = root.get_submodule(holder)
-    weight = layer._parameters.pop(name, None)
-    if weight is not None:
-        layer.register_buffer(name, weight.detach())
+def _inside(path: str, matched: Sequence[str]) -> bool:
+    return any(not m or f"{path}.".startswith(f"{m}.") for m in matched)
+
+
+def _freeze(module: nn.Module, layers: set[int], weights: set[int]) -> None:
+    """Fixes layers and weights, given by their ids, wherever the module holds them."""
+    norms: dict[int, FrozenBatchNorm] = {}
+    values: dict[int, Tensor] = {}
+    for layer in list(module.modules()):
+        if id(layer) in layers and hasattr(layer, "fixed"):  # our own layers with statistics
+            layer.fixed = True  # type: ignore[assignment]
+        for name, child in layer._modules.items():
+            if id(child) in layers and isinstance(child, _BatchNorm):
+                layer._modules[name] = norms.setdefault(id(child), FrozenBatchNorm(child))
+        for name, weight in list(layer._parameters.items()):
+            if weight is not None and id(weight) in weights:
+                del layer._parameters[name]
+                layer.register_buffer(name, values.setdefault(id(weight), weight.detach()))

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from headplug.errors import HeadplugError
+from headplug.heads.parameters import count
 from headplug.hosts import HeadSlot
-from headplug.hosts.modules import paths_of, submodule, tensors
+from headplug.hosts.modules import paths_of, submodule
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,3 @@ def _config(head: nn.Module) -> dict[str, Any]:
     with suppress(HeadplugError):  # a class that does not store its options has none
         return dict(getattr(head, "config", {"name": type(head).__name__}))
     return {"name": type(head).__name__}
-
-
-def count(module: nn.Module) -> tuple[int, int]:
-    """How many values of a module are trained, and how many are not, buffers included."""
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return trained, sum(t.numel() for t in tensors(module)) - trained

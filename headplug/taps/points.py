@@ -1,9 +1,11 @@
 """What the names of taps stand for.
 
-`backbone`, `pre_projection` (what the head receives) and `projection` (what it returns) mean the
-same on every host. Besides them a point is a module path or a glob of paths, in which `*` stays
-within one level and `**` crosses levels; the ending `:input` means what a module receives. Wrappers
-(DistributedDataParallel, torch.compile) leave no mark in a name, so names outlive the wrapping.
+`backbone`, `pre_projection` (what the head receives), `projection` (what it returns) and
+`projection.hidden1`, `projection.hidden2`, ... (what it computes on the way, after norm and
+activation) mean the same on every host and for every head. Besides them a point is a module path or
+a glob of paths, in which `*` stays within one level and `**` crosses levels; the ending `:input`
+means what a module receives. Wrappers (DistributedDataParallel, torch.compile) leave no mark in a
+name, so names outlive the wrapping.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import NamedTuple
 from torch import nn
 
 from headplug.errors import SlotError, TapError, unknown
+from headplug.heads.layers import hidden_paths
 from headplug.hosts import HeadSlot, find_slots
 
 HEAD_POINTS = ("pre_projection", "projection")
@@ -82,6 +85,10 @@ class Layout:
             module = self.modules[path := _plain(self.head.path)]
             for name in HEAD_POINTS:
                 found[name] = Point(name, path, module, name == "pre_projection")
+            for i, hidden in enumerate(hidden_paths(module)):
+                inner = f"{path}.{_plain(hidden)}"
+                name = f"projection.hidden{i + 1}"
+                found[name] = Point(name, inner, self.modules[inner], False)
         return found
 
     @cached_property
@@ -121,7 +128,7 @@ class Layout:
         if colon and ending != "input":
             raise TapError(f"{name!r}: after ':' only 'input' can follow.")
         path = _plain(path.removeprefix(self._prefix))
-        if path in SHARED and path not in self.modules and path in self.shared:
+        if _is_shared(path) and path not in self.modules and path in self.shared:
             shared = self.shared[path]
             if not colon:
                 return [shared]
@@ -138,6 +145,8 @@ class Layout:
             for p, module in self.modules.items()
             if _matches(path.split("."), p.split(".")) and _callable(module)
         ]
+        if not points and _is_shared(path):
+            points = [p for n, p in self.shared.items() if n not in SHARED and fnmatchcase(n, path)]
         if not points and name in HEAD_POINTS:
             raise SlotError(
                 f"{name!r} needs one projection head: {self._found[1]} Name a module by its path "
@@ -148,6 +157,10 @@ class Layout:
             hint = "list_taps(model, x) shows all." + (levels if "*" in name else "")
             raise unknown("tap", name, self.names(), hint)
         return points
+
+
+def _is_shared(path: str) -> bool:
+    return path in SHARED or path.startswith("projection.")
 
 
 def flat(resolved: Mapping[str, Sequence[Point]]) -> list[Point]:
