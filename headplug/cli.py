@@ -64,6 +64,8 @@ def heads(
         for key, value in rows[0].items():
             if key == "defaults":
                 key, value = "options", ", ".join(f"{k}={v!r}" for k, v in value.items())
+            if isinstance(value, int):
+                value = f"{value:,}"
             print(f"{key:16} {'-' if value in ('', None) else value}")
     else:
         _table(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from headplug import Autoencoder
+from headplug import Autoencoder, describe_head, list_heads
 from headplug.cli import main
 
 
@@ -34,15 +34,62 @@ def test_installed_script_answers():
     assert "moco_v3" in done.stdout
 
 
-def test_heads_lists_shows_one_and_gives_json(headplug):
+def test_heads_prints_the_zoo_with_layers_dims_parameters_and_paper(headplug):
     code, out, _ = headplug("heads", "simclr*")
     assert code == 0
-    assert out.index("simclr_plain") < out.index("simclr_v2")
+    header, *rows = out.splitlines()
+    assert header.split() == ["name", "layers", "dims", "parameters", "paper"]
+    assert [row.split()[0] for row in rows] == ["simclr", "simclr_plain", "simclr_v2"]
+    assert "L- BN ReLU L- BN " in rows[0]
+    assert " 512-2048-128 " in rows[0]
+    assert " 1,315,072 " in rows[0]
+    assert rows[0].endswith("arXiv 2002.05709")
+    assert all(row.index("arXiv") == header.index("paper") for row in rows)
+
+
+def test_heads_counts_frozen_weights_apart_and_takes_a_width(headplug):
+    code, out, _ = headplug("heads", "[ar]e*", "--input-dim", "2048")
+    assert code == 0
+    assert "32,896 (+524,544 fixed)" in out  # 2048 x 256 + 256
+    assert "0 (+2,048 fixed)" in out
+
+
+def test_heads_shows_one_whole(headplug):
     code, out, _ = headplug("heads", "byol")
-    assert "2006.07733" in out
-    assert "hidden_dim=4096" in out
-    code, out, _ = headplug("heads", "byol", "--json")
-    assert json.loads(out)[0]["defaults"]["output_dim"] == 256
+    assert code == 0
+    for part in (
+        "2006.07733",
+        "hidden_dim=4096",
+        "BYOLProjectionHead",
+        "L- BN ReLU L+",
+        "3,154,176",
+    ):
+        assert part in out
+
+
+def test_heads_gives_json_of_all_and_of_one(headplug):
+    _, out, _ = headplug("heads", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert list(rows) == list_heads()
+    for name, row in rows.items():
+        entry = describe_head(name)
+        assert row["defaults"] == json.loads(json.dumps(entry.defaults))
+        assert isinstance(row["params_trainable"], int)
+        assert row["dims"].startswith("512-")
+        assert row["layers"]
+    _, out, _ = headplug("heads", "byol", "--json")
+    assert json.loads(out) == [rows["byol"]]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("byo",), "Closest: byol"),
+    (("byol", "--input-dim", "0"), "input_dim must be a positive integer"),
+])  # fmt: skip
+def test_heads_refuses_what_is_not_there(headplug, arguments, words):
+    code, out, err = headplug("heads", *arguments)
+    assert code == 2
+    assert words in err
+    assert out == ""
 
 
 def test_taps_of_a_timm_model(headplug):

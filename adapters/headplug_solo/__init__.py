@@ -13,6 +13,7 @@ from torch import nn
 
 from headplug.errors import SlotError
 from headplug.hosts import Dependent, HeadSlot, describe, slots_by_role
+from headplug.hosts.modules import inside, parent
 
 
 class Method(NamedTuple):
@@ -45,10 +46,20 @@ METHODS = {
     "mocov2plus": Method(("queue",), EMA),
     "mocov3": Method(("predictor",), EMA),
     "ressl": Method(("queue",), EMA),
-    "swav": Method(("prototypes",)),
-    "deepclusterv2": Method(("prototypes",)),
+    "swav": Method(("prototypes", "proj_output_dim")),
+    "deepclusterv2": Method(("prototypes", "proj_output_dim")),
     "dino": Method(("head.last_layer",), "momentum_head.mlp", "head.mlp"),
     "all4one": Method(("predictor", "predictor2", "transformer_encoder", "queue"), EMA),
+}
+KINDS = {
+    "predictor": "prediction",
+    "predictor2": "prediction",
+    "prototypes": "prototypes",
+    "head.last_layer": "prototypes",
+    "queue": "queue",
+    "whitening": "whitening",
+    "transformer_encoder": "transformer",
+    "proj_output_dim": "number",
 }
 REFUSED = {
     "mae": "it trains a decoder and has no projector",
@@ -84,32 +95,50 @@ class SoloAdapter:
         return [self.describe(model, METHODS[name].path)]
 
     def describe(self, model: nn.Module, path: str) -> HeadSlot:
-        """The slot at a path; for the method's projector by the table.
-
-        Raises:
-            SlotError: The projector holds what a swap would lose.
-        """
+        """The slot at a path; for the method's projector by the table."""
         slot = describe(model, path)
         method = METHODS.get(str(_method(model)))
         if method is None or path != method.path:
             return slot
-        if any(type(m).__name__ == "IterNorm" for m in model.get_submodule(path).modules()):
-            raise SlotError(
-                "this vibcreg keeps its whitening (IterNorm) inside the projector, where a swap "
-                "would lose it. Build the method with iternorm=False."
-            )
-        paths = dict(model.named_modules(remove_duplicate=False))
-        held = {*paths, *dict(model.named_buffers())}
+        twin = method.twin if _has(model, method.twin) else None
         return replace(
             slot,
-            twin=method.twin if method.twin in paths else None,
+            twin=twin,
             maybe_twins=(),
             dependents=tuple(
-                Dependent(p, p.rpartition(".")[2], slot.output_dim)
+                Dependent(
+                    p, KINDS[p], slot.output_dim, _beside(model, p, path, twin), _limit(model, p)
+                )
                 for p in method.dependents
-                if p in held
+                if _has(model, p)
             ),
+            tail=_tail(model, path),
         )
+
+
+def _has(model: nn.Module, path: str | None) -> bool:
+    if path is None:
+        return False
+    holder, _, name = path.rpartition(".")
+    return hasattr(model.get_submodule(holder), name)
+
+
+def _beside(model: nn.Module, dependent: str, path: str, twin: str | None) -> str | None:
+    """The EMA copy of a dependent that lies beside the head: in DINO, both are parts of one."""
+    if twin is None or not parent(path) or not inside(dependent, parent(path)):
+        return None
+    return f"{parent(twin)}.{dependent.removeprefix(parent(path) + '.')}"
+
+
+def _limit(model: nn.Module, dependent: str) -> int | None:
+    """W-MSE whitens slices of the batch, which must have more rows than features."""
+    return int(model.whitening_size) - 1 if dependent == "whitening" else None  # type: ignore[arg-type]
+
+
+def _tail(model: nn.Module, path: str) -> str | None:
+    """VIbCReg's IterNorm, at the end of its projector."""
+    last = next(reversed(model.get_submodule(path)._modules.items()), ("", None))
+    return f"{path}.{last[0]}" if type(last[1]).__name__ == "IterNorm" else None
 
 
 def _method(model: nn.Module) -> str | None:

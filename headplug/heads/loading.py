@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headplug.checkpoints import read_state_dict
+from headplug.checkpoints import WRAPPERS, read_state_dict
 from headplug.errors import CheckpointError
 
-USUAL = ("projection_head", "projector", "student_head", "head")  # what hosts call the head
+USUAL = (  # what hosts call the head that trains; in some, `projection_head` is its EMA twin
+    "student_projection_head",
+    "anchor_projection_head",
+    "projection_head",
+    "projector",
+    "student_head",
+    "head",
+)
 
 
 def read_head(source: Any, head: nn.Module) -> dict[str, Tensor]:
@@ -20,11 +27,11 @@ def read_head(source: Any, head: nn.Module) -> dict[str, Tensor]:
 
     The head is found by the names and shapes of its weights, under our names, lightly's
     (`layers.0.weight`) or solo-learn's (`0.weight`), at any prefix; where several places fit, the
-    one with a head's usual name is taken (`projection_head.`, `projector.`, `student_head.`,
-    `head.`).
+    one whose path has a head's usual name is taken: see `USUAL`.
 
     Args:
-        source: A path that `read_state_dict` reads, a state dict, or a module.
+        source: A path that `read_state_dict` reads, a state dict or a checkpoint that wraps one, or
+            a module.
         head: The head that the weights are for.
 
     Returns:
@@ -43,12 +50,15 @@ def read_head(source: Any, head: nn.Module) -> dict[str, Tensor]:
         raise CheckpointError(
             f"cannot read a head from a {where}; pass a path, a state dict or a module."
         )
+    for key in WRAPPERS:
+        source = source[key] if isinstance(source.get(key), Mapping) else source
     own = {k: tuple(v.shape) for k, v in head.state_dict().items()}
     places = {prefix: _translated(source, prefix, head) for prefix in _prefixes(source)}
     fits = [p for p, found in places.items() if {k: _shape(v) for k, v in found.items()} == own]
     if not fits:
         raise CheckpointError(f"{where} has no weights that fit this head: {_nearest(places, own)}")
-    named = [[p for p in fits if f".{p}".endswith(f".{name}.")] for name in USUAL]
+    fits = [p for p in fits if not any(p != q and p.startswith(q) for q in fits)]  # its `layers.`
+    named = [[p for p in fits if name in p.split(".")] for name in USUAL]
     first, *rivals = next(filter(None, named), fits)
     if any(not torch.equal(places[r][k], places[first][k]) for r in rivals for k in own):
         raise CheckpointError(
@@ -81,14 +91,13 @@ def _nearest(places: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) ->
     """What keeps the likeliest place in a state dict from fitting."""
     prefix = max(places, key=lambda p: (len(own.keys() & places[p].keys()), -len(places[p])))
     found = places[prefix]
-    common = own.keys() & found.keys()
-    if not common:
+    if not own.keys() & found.keys():
         wanted, there = (", ".join(list(keys)[:3]) or "nothing" for keys in (own, places[""]))
         return f"it should have {wanted}, ... and has {there}, ..."
+    below = f" below {prefix!r}" if prefix else ""
     for key, shape in own.items():
         if key not in found:
-            return f"below {prefix!r} there is no {key!r}."
+            return f"there is no {key!r}{below}."
         if _shape(found[key]) != shape:
-            return f"{prefix + key!r} has shape {_shape(found[key])}, the head's {shape}."
-    more = next(k for k in found if k not in own)
-    return f"below {prefix!r} there is also {prefix + more!r}."
+            return f"{key!r}{below} has shape {_shape(found[key])}, the head's {shape}."
+    return f"there is also {next(k for k in found if k not in own)!r}{below}."

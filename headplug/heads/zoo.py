@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from headplug.heads import create_head
+from headplug.heads.base import positive
 from headplug.heads.layers import layers
 from headplug.heads.parameters import FrozenBatchNorm, count
 from headplug.registry import Entry
@@ -44,7 +45,11 @@ def summarise(entry: Entry, input_dim: int) -> dict[str, Any]:
         `name`, `layers`, `dims`, `params_trainable`, `params_frozen`, `paper`, `summary`, `source`,
         `defaults`. For a head that cannot be built from `input_dim` alone `layers` says why, and
         the sizes are None.
+
+    Raises:
+        OptionError: `input_dim` is not a positive integer.
     """
+    positive("input_dim", input_dim)
     row: dict[str, Any] = {"name": entry.name}
     try:
         with torch.device("meta"):

@@ -47,11 +47,15 @@ class Dependent:
         path: The module or tensor in the model.
         kind: What it is: "prediction", "prototypes", "memory bank", "queue", "loss centre", ...
         width: The width of the projection that it is made for.
+        twin: Path of its EMA copy, if it has one.
+        limit: The largest width that it can be made for, if there is one.
     """
 
     path: str
     kind: str
     width: int
+    twin: str | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class HeadSlot:
         maybe_twins: Paths that may be its EMA copy, where that is unclear; `swap_head` asks then.
         calls: Methods that the host's training loop calls on the head; a new head that lacks them
             gets ones that do nothing.
+        tail: Path of a module at the end of the head that belongs to the method and must follow
+            whatever head comes (a whitening layer).
     """
 
     path: str
@@ -80,6 +86,7 @@ class HeadSlot:
     aliases: tuple[str, ...] = ()
     maybe_twins: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
+    tail: str | None = None
 
     def __str__(self) -> str:
         """One line: path, role, dims, twin."""

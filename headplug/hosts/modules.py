@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from headplug.errors import unknown
@@ -19,6 +21,11 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return paths[path]
 
 
+def value_at(model: nn.Module, path: str) -> Any:
+    """The module, tensor or plain attribute at a path."""
+    return getattr(model.get_submodule(parent(path)), path.rpartition(".")[2])
+
+
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module but the root, once, with its first path."""
     return [(p, m) for p, m in model.named_modules() if p]
@@ -29,9 +36,9 @@ def paths_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
     return tuple(p for p, m in model.named_modules(remove_duplicate=False) if m is module)
 
 
-def assign(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module at a path; its place in the order of the modules stays."""
-    setattr(model.get_submodule(parent(path)), path.rpartition(".")[2], module)
+def assign(model: nn.Module, path: str, value: Any) -> None:
+    """Puts a module (or tensor, or number) at a path; its place in the order stays."""
+    setattr(model.get_submodule(parent(path)), path.rpartition(".")[2], value)
 
 
 def parent(path: str) -> str:

@@ -102,11 +102,8 @@ def copy_frozen(head: nn.Module) -> nn.Module:
     >>> all(not p.requires_grad for p in copy_frozen(head).parameters())
     True
     """
-    # what a hook computes from parameters is part of a graph, which deepcopy cannot copy
-    computed = (v for m in head.modules() for v in vars(m).values() if isinstance(v, Tensor))
-    memo = {id(t): t.detach().clone() for t in computed if not t.is_leaf}
     try:
-        twin = copy.deepcopy(head, memo)
+        twin = detached_copy(head)
     except Exception as error:
         try:
             twin = _build_again(head)
@@ -117,6 +114,13 @@ def copy_frozen(head: nn.Module) -> nn.Module:
             ) from error
     setattr(twin, MARK, True)
     return twin.requires_grad_(False)
+
+
+def detached_copy(module: nn.Module) -> nn.Module:
+    """A deep copy, also where hooks left tensors that are part of a graph (old weight norm)."""
+    computed = (v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor))
+    memo = {id(t): t.detach().clone() for t in computed if not t.is_leaf}
+    return copy.deepcopy(module, memo)
 
 
 def _build_again(head: nn.Module) -> nn.Module:

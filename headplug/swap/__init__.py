@@ -2,7 +2,7 @@
 
 Everything is resolved, built and checked before the model is touched, so that a refused swap leaves
 it bit-identical; the change itself is a handful of assignments that `restore` undoes. The EMA copy
-shares no storage with the head.
+shares no storage with the head, and what follows the head's width is made anew if that changes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from headplug.heads import create_head, describe_head
 from headplug.hosts import HeadSlot
 from headplug.hosts.modules import assign, dims, submodule, tensors
 from headplug.hosts.twins import ANCHOR, anchor, build_twin, copy_frozen
-from headplug.swap.groups import Exchange, alive, holders
+from headplug.swap.dependents import Change, rebuild_all, with_tail
+from headplug.swap.groups import Exchange, Move, alive, holders
 from headplug.swap.report import SwapReport, make_report
 from headplug.swap.resolve import resolve
 
 STALE = (
-    "an optimiser that is already built holds the old parameters of {path!r} and will not train "
-    "the new head: pass it, optimizer=..., or build it after the swap."
+    "an optimiser that is already built holds the old parameters of {paths} and will not train "
+    "the new ones: pass it, optimizer=..., or build it after the swap."
 )
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -48,7 +49,7 @@ class Swap:
     head: nn.Module
     twin: nn.Module | None
     _model: nn.Module = field(repr=False)
-    _places: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict, repr=False)
+    _places: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     _exchange: Exchange | None = field(default=None, repr=False)
 
     def restore(self) -> None:
@@ -59,7 +60,7 @@ class Swap:
         """
         present = dict(self._model.named_modules(remove_duplicate=False))
         for path, (_, new) in self._places.items():
-            if present.get(path) is not new:
+            if isinstance(new, nn.Module) and present.get(path) is not new:
                 raise SlotError(
                     f"{path} no longer holds the head of this swap; restore the later one first."
                 )
@@ -98,7 +99,8 @@ def swap_head(
     """Replaces the projection head of a model, and its EMA twin with it.
 
     Swap before the optimiser is built, or pass the optimiser, so that the new parameters are
-    trained; where neither is so, a warning says it, and the report too.
+    trained; where neither is so, a warning says it, and the report too. With another `output_dim`,
+    what follows the old one (predictor, prototypes, queues) is made anew, and starts untrained.
 
     Args:
         model: A lightly, solo-learn or plain PyTorch model.
@@ -116,7 +118,8 @@ def swap_head(
 
     Raises:
         SlotError: No head, several heads, or an unclear twin; or the optimiser was built before.
-        DimensionError: The new head does not fit the backbone, or what depends on the old width.
+        DimensionError: The new head does not fit the backbone, or something that depends on its
+            output cannot be made for the new width.
         UnknownNameError, OptionError: As `create_head` does.
 
     >>> model = nn.Sequential()
@@ -130,36 +133,47 @@ def swap_head(
     Linear(in_features=8, out_features=3, bias=True)
     """
     place = resolve(model, slot, twin)
-    old = submodule(model, place.path)
-    old_twin = submodule(model, place.twin) if place.twin else None
     _refuse_wrapped(model)
     new = _build(head, place, options)
     output_dim = _check_dims(new, place)
-    new_twin = copy_frozen(new) if old_twin is not None else None
-    exchange = _check_optimizers(model, place.path, old, new, old_twin, optimizer)
+    changes = _changes(model, place, new, output_dim)
+    exchange = _check_optimizers(model, changes, optimizer)
 
-    report = make_report(model, place, old, new, output_dim)
-    if exchange is None and holders(alive(), old):
-        warnings.warn(STALE.format(path=place.path), stacklevel=2)
-        report = replace(report, notes=(*report.notes, STALE.format(path=place.path)))
-    swap = Swap(report, new, new_twin, model)
+    report = make_report(model, place, submodule(model, place.path), new, output_dim)
+    if exchange is None and (stale := _stale(changes)):
+        warnings.warn(stale, stacklevel=2)
+        report = replace(report, notes=(*report.notes, stale))
+    swap = Swap(report, new, changes[1].new if place.twin else None, model)
     if dry_run:
         return swap
-    _settle(new, old, model)
-    places = dict.fromkeys(report.paths, (old, new))
+    for change in changes:
+        _settle(change, model)
     for name in place.calls:
         if not hasattr(new, name):
             setattr(new, name, _do_nothing)
-    if old_twin is not None and new_twin is not None:
-        _settle(new_twin, old_twin, model)
+    if swap.twin is not None:
         anchor(new)
-        anchor(new_twin)
-        places |= dict.fromkeys(report.twin_paths, (old_twin, new_twin))
+        anchor(swap.twin)
+    places = {path: (c.old, c.new) for c in changes for path in c.paths}
     _put(model, places)
     if exchange:
         exchange.do()
     swap._places, swap._exchange = places, exchange
     return swap
+
+
+def _changes(model: nn.Module, place: HeadSlot, new: nn.Module, output_dim: int) -> list[Change]:
+    """The head, its twin, and what follows its width if that changes; nothing is done yet."""
+    head = with_tail(model, place, new, output_dim)
+    changes = [Change.at(model, place.path, head)]
+    if place.twin:
+        changes.append(Change.at(model, place.twin, copy_frozen(head)))
+    if output_dim != place.output_dim:
+        for dependent, made in rebuild_all(model, place, output_dim).items():
+            changes.append(Change.at(model, dependent.path, made))
+            if dependent.twin:
+                changes.append(Change.at(model, dependent.twin, copy_frozen(made)))
+    return changes
 
 
 def _build(
@@ -200,34 +214,31 @@ def _check_dims(new: nn.Module, place: HeadSlot) -> int:
         )
     if widths[0] != place.input_dim:
         raise _misfit(type(new).__name__, widths[0], place)
-    if widths[1] != place.output_dim and place.dependents:
-        listing = "; ".join(f"{d.path} ({d.kind}, made for {d.width})" for d in place.dependents)
-        raise DimensionError(
-            f"the new head gives {widths[1]} features, but these follow the old "
-            f"{place.output_dim}: {listing}. Keep output_dim={place.output_dim}, or rebuild them "
-            f"for {widths[1]} first."
-        )
     return widths[1]
 
 
 def _check_optimizers(
-    model: nn.Module,
-    path: str,
-    old: nn.Module,
-    new: nn.Module,
-    old_twin: nn.Module | None,
-    optimizer: Optimizer | None,
+    model: nn.Module, changes: list[Change], optimizer: Optimizer | None
 ) -> Exchange | None:
     groups = optimizer.param_groups if optimizer is not None else None
     for trainer in _trainers(model):
         others = [o for o in getattr(trainer, "optimizers", []) if o.param_groups is not groups]
-        if holders(others, old):
+        if held := [c.paths[0] for c in changes if holders(others, c.gone)]:
             raise SlotError(
-                f"the trainer's optimiser already holds the parameters of {path!r}, so a new head "
-                "would not be trained. Swap before trainer.fit(), or pass "
+                f"the trainer's optimiser already holds the parameters of {held[0]!r}, so a new "
+                "head would not be trained. Swap before trainer.fit(), or pass "
                 "optimizer=trainer.optimizers[0]."
             )
-    return None if optimizer is None else Exchange(optimizer, path, old, new, old_twin)
+    if optimizer is None:
+        return None
+    return Exchange(optimizer, [Move(c.paths[0], c.gone, c.come) for c in changes])
+
+
+def _stale(changes: list[Change]) -> str:
+    """What to say of optimisers that hold parameters of what leaves."""
+    optimizers = alive()
+    held = [repr(c.paths[0]) for c in changes if holders(optimizers, c.gone)]
+    return STALE.format(paths=" and ".join(held)) if held else ""
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -249,8 +260,11 @@ def _trainers(model: nn.Module) -> Iterator[Any]:
                 yield trainer
 
 
-def _settle(new: nn.Module, old: nn.Module, model: nn.Module) -> None:
-    """Gives the new module the device, dtype and mode of the old one."""
+def _settle(change: Change, model: nn.Module) -> None:
+    """Gives a new module the device, dtype and mode of the old one."""
+    old, new = change.old, change.new
+    if not isinstance(new, nn.Module):
+        return
     around = [*old.parameters(), *model.parameters(), *tensors(old)]
     dtype = next((t.dtype for t in around if t.is_floating_point()), None)
     device = next((t.device for t in (*tensors(old), *tensors(model))), None)
@@ -258,7 +272,7 @@ def _settle(new: nn.Module, old: nn.Module, model: nn.Module) -> None:
     new.train(old.training)
 
 
-def _put(model: nn.Module, places: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
+def _put(model: nn.Module, places: Mapping[str, tuple[Any, Any]]) -> None:
     """Makes all assignments, or none."""
     done = []
     try:

@@ -1,53 +1,58 @@
-"""The parameter groups of an optimiser, when one module takes the place of another."""
+"""The parameter groups of an optimiser, when modules take the place of others."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headplug.errors import SlotError
 
+Named = list[tuple[str, nn.Parameter]]
+
+
+class Move(NamedTuple):
+    """Parameters that leave an optimiser, and those that come where they were.
+
+    Attributes:
+        path: Where in the model they are, for messages.
+        gone: Those that leave.
+        come: Those that come, with the names that some optimisers keep.
+    """
+
+    path: str
+    gone: list[nn.Parameter]
+    come: Named
+
 
 class Exchange:
-    """Parameters that leave an optimiser for those of a new module; done and undone as a whole.
+    """Parameters that leave an optimiser for those of new modules; done and undone as a whole.
 
     The new ones take the place of the old in the same group, with its learning rate and weight
     decay. The state of those that leave (momentum) is kept for `undo`.
 
     Args:
         optimizer: The optimiser.
-        path: Path of the head, for messages and for the names that some optimisers keep.
-        old: The head that leaves.
-        new: The head that comes.
-        old_twin: The EMA copy that leaves; nothing takes its place, because it is not trained.
+        moves: What leaves, and what comes for it.
 
     Raises:
-        SlotError: The old head's parameters are not in one group.
+        SlotError: What leaves for something is not in one group.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        path: str,
-        old: nn.Module,
-        new: nn.Module,
-        old_twin: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, moves: Sequence[Move]) -> None:
         self.optimizer = optimizer
-        self.path = path
-        self.new = new
-        holding = holders([optimizer], old)
-        if len(holding) != 1:
-            raise SlotError(
-                f"the optimiser holds the parameters of {path!r} in {len(holding) or 'no'} groups; "
-                "one is needed to know where the new ones go. Build the optimiser after the swap."
-            )
-        self._home = holding[0]
-        self._gone = [p for m in (old, old_twin) if m is not None for p in m.parameters()]
+        self._gone = {id(p): (p, move) for move in moves for p in move.gone}
+        for move in moves:
+            homes = holders([optimizer], move.gone)
+            if move.come and len(homes) != 1:
+                raise SlotError(
+                    f"the optimiser holds the parameters of {move.path!r} in {len(homes) or 'no'} "
+                    "groups; one is needed to know where the new ones go. Build the optimiser "
+                    "after the swap."
+                )
         self._saved: list[tuple[int, dict[str, list[Any]], list[Any]]] = []
         self._came: list[Tensor] = []
         self._state: dict[Tensor, Any] = {}
@@ -63,27 +68,28 @@ class Exchange:
 
     def do(self) -> None:
         """Exchanges the parameters; the lists are changed in place."""
-        gone = {id(p) for p in self._gone}
-        held = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
+        seen = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
         for index, group in enumerate(self.optimizer.param_groups):
-            leave = [i for i, p in enumerate(group["params"]) if id(p) in gone]
-            if not leave:
+            if not any(id(p) in self._gone for p in group["params"]):
                 continue
-            come = self.new.named_parameters() if group is self._home else ()
-            coming = [(n, p) for n, p in come if p.requires_grad and id(p) not in held]
-            self._came += [p for _, p in coming]
-            entries: dict[str, list[Any]] = {
-                "params": [p for _, p in coming],
-                "param_names": [f"{self.path}.{n}" for n, _ in coming],
-            }
-            before = {key: list(group[key]) for key in entries if key in group}
-            for key, values in before.items():
-                kept = [v for i, v in enumerate(values) if i not in leave]
-                kept[leave[0] : leave[0]] = entries[key]
-                group[key][:] = kept
+            keys = [key for key in ("params", "param_names") if key in group]
+            before: dict[str, list[Any]] = {key: list(group[key]) for key in keys}
+            names = before.get("param_names", [""] * len(before["params"]))
+            kept: Named = []
+            for name, parameter in zip(names, before["params"], strict=True):
+                if id(parameter) not in self._gone:
+                    kept.append((name, parameter))
+                    continue
+                coming = [(n, p) for n, p in self._gone[id(parameter)][1].come if id(p) not in seen]
+                kept += coming  # at the first of those that leave; the rest has seen them
+                seen |= {id(p) for _, p in coming}
+                self._came += [p for _, p in coming]
+            for key, i in {"param_names": 0, "params": 1}.items():
+                if key in before:
+                    group[key][:] = [pair[i] for pair in kept]
             self._saved.append((index, before, list(group["params"])))
         state = self.optimizer.state
-        self._state = {p: state.pop(p) for p in self._gone if p in state}
+        self._state = {p: state.pop(p) for p, _ in self._gone.values() if p in state}
 
     def undo(self) -> None:
         """Puts the parameters and their state back; the state of the new ones is dropped."""
@@ -96,9 +102,11 @@ class Exchange:
         self._saved, self._came, self._state = [], [], {}
 
 
-def holders(optimizers: Iterable[Optimizer], module: nn.Module) -> list[dict[str, Any]]:
-    """The parameter groups that hold any parameter of a module."""
-    ids = {id(p) for p in module.parameters()}
+def holders(
+    optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """The parameter groups that hold any of some parameters."""
+    ids = {id(p) for p in parameters}
     groups = (g for o in optimizers for g in o.param_groups)
     return [g for g in groups if any(id(p) in ids for p in g["params"])]
 

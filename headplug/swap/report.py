@@ -27,7 +27,8 @@ class SwapReport:
         new: The new head's config.
         output_dim: Width of the new projection.
         trainable: Trained parameters of the head, before and after.
-        frozen: Values in the head that are not trained, buffers included, before and after.
+        frozen: Fixed weights in the head, buffers included, before and after.
+        rebuilt: What is made anew for another width of the projection.
         notes: What the user should know.
     """
 
@@ -39,6 +40,7 @@ class SwapReport:
     output_dim: int
     trainable: tuple[int, int]
     frozen: tuple[int, int]
+    rebuilt: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,6 +58,8 @@ class SwapReport:
         ]
         if self.twin_paths:
             lines.append(f"EMA twin: {', '.join(self.twin_paths)}")
+        if self.rebuilt:
+            lines.append(f"made anew for {self.output_dim} features: {', '.join(self.rebuilt)}")
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
 
@@ -73,6 +77,7 @@ def make_report(
         output_dim=output_dim,
         trainable=trainable,
         frozen=frozen,
+        rebuilt=() if output_dim == place.output_dim else tuple(d.path for d in place.dependents),
         notes=tuple(_notes(model, place, old, new, output_dim)),
     )
 

@@ -15,18 +15,19 @@ from headplug.errors import HeadplugError
 @functools.cache
 def needs_weights(name: str) -> bool:
     """Whether a head refuses to train until it has pretrained weights."""
-    head = create_head(name, input_dim=4, **narrow(name))
+    head = create_head(name, input_dim=20, **narrow(name))
     try:
-        head.train()(torch.rand(3, 4))
+        head.train()(torch.rand(8, 20))
     except HeadplugError as error:
         return "weights=" in str(error)
     return False
 
 
-def narrow(name: str) -> dict[str, int]:
-    """Small values for the widths that have a number by default: some presets have 151 million."""
-    defaults = describe_head(name).defaults
-    return {o: 12 for o, v in defaults.items() if o.endswith("_dim") and isinstance(v, int)}
+def narrow(name: str) -> dict[str, Any]:
+    """Small values for the widths that are numbers by default: some presets have 151 million."""
+    widths = {o: v for o, v in describe_head(name).defaults.items() if o.endswith("_dim")}
+    small = {o: 12 for o, v in widths.items() if isinstance(v, int)}
+    return {**small, **{o: [12, 7] for o, v in widths.items() if isinstance(v, list)}}
 
 
 @pytest.fixture

@@ -1,36 +1,28 @@
 from __future__ import annotations
 
-import importlib
-import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import erf, expit
 from torch import Tensor, nn
 
 from headplug import MLPHead, create_head, describe_head, list_heads
 from headplug.errors import OptionError
 
-WITH_SOURCE = [name for name in list_heads() if describe_head(name).source]
 PRESETS = [name for name in list_heads() if describe_head(name).builder is MLPHead]
-WIDTHS = [(32, 48, 24), (24, 40, 40), (7, 5, 3)]  # input, hidden, output
-
-# Where a preset is, on purpose, not lightly's default: a later version of the same method, whose
-# values lightly's docstrings give in words.
-LATER_VERSIONS = {
-    "moco_v3": {"hidden_dim": 4096, "output_dim": 256, "num_layers": 3, "batch_norm": True},
-    "simclr_v2": {"num_layers": 3},
+NORMS = ["batch", "batch_no_affine", "layer", "none"]
+ACTIVATIONS = {  # in NumPy
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x * expit(x),
+    "gelu": lambda x: x * (1 + erf(x / np.sqrt(2))) / 2,
+    "sigmoid": expit,
+    "tanh": np.tanh,
+    "identity": lambda x: x,
 }
-
-# lightly's heads that are no preset but the same builder with options.
-BY_OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("VicRegLLocalProjectionHead", {"num_layers": 3, "norm": "layer"}),
-    ("SMoGProjectionHead", {"output_norm": "batch_no_affine"}),
-    ("SMoGPredictionHead", {}),
-    ("LeJEPAProjectionHead", {"num_layers": 3}),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -40,118 +32,55 @@ def seed() -> Iterator[None]:
         yield
 
 
-def lightly_class(name: str) -> type[nn.Module]:
-    module, _, cls = describe_head(name).source.partition(":")
-    found: type[nn.Module] = getattr(importlib.import_module(module), cls)
-    return found
-
-
-def lightly_options(cls: type[nn.Module], head: nn.Module) -> dict[str, Any]:
-    """A head's layers and norm in lightly's words, where its class has words for them."""
-    values = {"num_layers": head.num_layers, "batch_norm": head.norm == "batch"}
-    return {k: v for k, v in values.items() if k in inspect.signature(cls).parameters}
-
-
-def pair(
-    cls: type[nn.Module], name: str, widths: tuple[int, int, int], **options: Any
-) -> tuple[nn.Module, nn.Module]:
-    """Our head and lightly's, each built after the same seed."""
-    dims = dict(zip(("input_dim", "hidden_dim", "output_dim"), widths, strict=True))
-    torch.manual_seed(5)
-    ours = create_head(name, **dims, **options)
-    torch.manual_seed(5)
-    return ours, cls(**dims, **lightly_options(cls, ours))
-
-
-def assert_equal_states(a: nn.Module, b: nn.Module) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert list(ours) == list(theirs)
-    for key in ours:
-        assert torch.equal(ours[key], theirs[key]), key
-
-
-def step(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    x = x.clone().requires_grad_()
-    z = head.train()(x)
-    z.cos().sum().backward()
-    return z, x.grad, {n: p.grad for n, p in head.named_parameters()}
-
-
-def assert_trains_alike(ours: nn.Module, theirs: nn.Module) -> None:
-    x = torch.randn(16, ours.input_dim)
-    (z, x_grad, grads), (z2, x_grad2, grads2) = step(ours, x), step(theirs, x)
-    assert torch.equal(z, z2)
-    assert torch.equal(x_grad, x_grad2)
-    assert grads.keys() == grads2.keys()
-    assert all(torch.equal(grads[n], grads2[n]) for n in grads)
-    assert_equal_states(ours, theirs)  # the running statistics, too
-    assert torch.equal(ours.eval()(x), theirs.eval()(x))
-
-
-@pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("name", WITH_SOURCE)
-class TestLightlyParity:
-    def test_same_seed_gives_lightlys_weights_and_training_step(
-        self, name: str, widths: tuple[int, int, int]
-    ) -> None:
-        ours, theirs = pair(lightly_class(name), name, widths)
-        assert_equal_states(ours, theirs)
-        assert_trains_alike(ours, theirs)
-
-    @pytest.mark.parametrize("into_ours", [True, False])
-    def test_weights_load_in_both_directions(
-        self, name: str, widths: tuple[int, int, int], into_ours: bool
-    ) -> None:
-        ours, theirs = pair(lightly_class(name), name, widths)
-        source, target = (theirs, ours) if into_ours else (ours, theirs)
-        with torch.no_grad():
-            for tensor in source.state_dict().values():
-                tensor.add_(1)
-        target.load_state_dict(source.state_dict(), strict=True)
-        assert_trains_alike(ours, theirs)
-
-
-@pytest.mark.parametrize(("cls", "options"), BY_OPTIONS)
-def test_options_make_lightlys_other_mlps(cls: str, options: dict[str, Any]) -> None:
-    heads = importlib.import_module("lightly.models.modules.heads")
-    ours, theirs = pair(getattr(heads, cls), "mlp", (32, 48, 24), **options)
-    assert_equal_states(ours, theirs)
-    assert_trains_alike(ours, theirs)
-
-
-@pytest.mark.parametrize("name", WITH_SOURCE)
-def test_defaults_are_lightlys_save_for_later_versions(name: str) -> None:
-    head = create_head(name, input_dim=8, hidden_dim=8, output_dim=8)
-    cls = lightly_class(name)
-    ours = {**describe_head(name).defaults, **lightly_options(cls, head)}
-    differing = {
-        option: ours[option]
-        for option, parameter in inspect.signature(cls).parameters.items()
-        if option != "input_dim" and ours[option] != parameter.default
-    }
-    assert differing == LATER_VERSIONS.get(name, {})
-
-
-@pytest.mark.parametrize("name", WITH_SOURCE)
-def test_default_layers_have_lightlys_shapes(name: str) -> None:
-    cls = lightly_class(name)
-    with torch.device("meta"):  # Barlow Twins' has 151 million parameters
-        ours = create_head(name, input_dim=2048)
-        dims = {"hidden_dim": ours.hidden_dim, "output_dim": ours.output_dim}
-        asked = dims if name in LATER_VERSIONS else {}
-        theirs = cls(input_dim=2048, **asked, **lightly_options(cls, ours))
-    shapes = [{k: v.shape for k, v in h.state_dict().items()} for h in (ours, theirs)]
-    assert shapes[0] == shapes[1]
-    assert [str(m) for m in ours.layers] == [str(m) for m in theirs.layers]
+def has_bias(bias: bool | None, norm: str) -> bool:
+    return norm == "none" if bias is None else bias
 
 
 def count_by_hand(config: dict[str, Any]) -> int:
-    norms = {"batch": 2, "layer": 2, "batch_no_affine": 0, "none": 1}  # none: the linear's bias
+    """Weights, whether they train or not."""
+    scales = {"batch": 2, "layer": 2, "batch_no_affine": 0, "none": 0}
     hidden = [config["hidden_dim"]] * (config["num_layers"] - 1)
     widths = [config["input_dim"], *hidden, config["output_dim"]]
     weights = sum(a * b for a, b in itertools.pairwise(widths))
-    inner = norms[config["norm"]] * sum(hidden)
-    return weights + inner + norms[config["output_norm"]] * config["output_dim"]
+    inner = has_bias(config["bias"], config["norm"]) + scales[config["norm"]]
+    outer = config["output_bias"]
+    if outer is None:
+        outer = has_bias(config["bias"], config["output_norm"])
+    outer = bool(outer) + scales[config["output_norm"]]
+    return weights + inner * sum(hidden) + outer * config["output_dim"]
+
+
+def count(head: nn.Module) -> int:
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(v.numel() for k, v in head.state_dict().items() if not k.endswith(statistics))
+
+
+def by_hand(head: MLPHead, x: Tensor) -> Any:
+    """The head's output in float64 NumPy; batch norm takes the statistics of the batch."""
+    state = {k: v.numpy().astype(float) for k, v in head.state_dict().items()}
+    kinds = {"linear": head.norm, "output": head.output_norm}
+    z, layer = x.numpy().astype(float), itertools.count()
+    for i in range(head.num_layers):
+        at = next(layer)
+        z = z @ state[f"layers.{at}.weight"].T + state.get(f"layers.{at}.bias", 0)
+        last = i == head.num_layers - 1
+        norm = kinds["output" if last else "linear"]
+        if norm != "none":
+            at, axis = next(layer), 1 if norm == "layer" else 0
+            z = (z - z.mean(axis, keepdims=True)) / np.sqrt(z.var(axis, keepdims=True) + 1e-5)
+            z = z * state.get(f"layers.{at}.weight", 1) + state.get(f"layers.{at}.bias", 0)
+        if not last:
+            next(layer)
+            z = ACTIVATIONS[head.activation](z)
+    return z
+
+
+def shaken(head: MLPHead) -> MLPHead:
+    """The head with other scales and shifts than ones and zeros."""
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    return head
 
 
 @pytest.mark.parametrize("input_dim", [512, 2048])
@@ -159,7 +88,9 @@ def count_by_hand(config: dict[str, Any]) -> int:
 def test_parameter_count_is_the_sum_by_hand(name: str, input_dim: int) -> None:
     with torch.device("meta"):
         head = create_head(name, input_dim=input_dim)
-    assert sum(p.numel() for p in head.parameters()) == count_by_hand(head.config)
+    options = {o: getattr(head, o) for o in ("hidden_dim", "num_layers", "norm", "output_norm")}
+    options |= {o: getattr(head, o) for o in ("input_dim", "output_dim", "bias", "output_bias")}
+    assert count(head) == count_by_hand(options)
 
 
 @pytest.mark.parametrize(
@@ -179,33 +110,118 @@ def test_parameter_count_of_known_heads(name: str, input_dim: int, count: int) -
     assert sum(p.numel() for p in head.parameters()) == count
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 5])
-@pytest.mark.parametrize("norm", ["batch", "batch_no_affine", "layer", "none"])
-@pytest.mark.parametrize("output_norm", ["batch", "batch_no_affine", "layer", "none"])
-def test_depth_and_norms_combine(num_layers: int, norm: str, output_norm: str) -> None:
-    head = MLPHead(6, 4, 5, num_layers, norm=norm, output_norm=output_norm)
-    assert sum(isinstance(m, nn.Linear) for m in head.layers) == num_layers
-    assert sum(p.numel() for p in head.parameters()) == count_by_hand(head.config)
-    assert head(torch.randn(8, 6)).shape == (8, 4)
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("output_norm", NORMS)
+def test_depth_and_norms_combine(num_layers: int, norm: Any, output_norm: Any) -> None:
+    head = shaken(MLPHead(6, 4, 5, num_layers, norm=norm, output_norm=output_norm))
+    assert len(head.linear_layers) == num_layers
+    assert count(head) == count_by_hand(head.config)
+    x = torch.randn(8, 6)
+    assert np.allclose(head(x).detach().numpy(), by_hand(head, x), atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_activation_is_what_its_name_says(activation: str, norm: Any) -> None:
+    head = shaken(MLPHead(6, 4, 5, num_layers=3, norm=norm, activation=activation))
+    x = torch.randn(8, 6)
+    assert np.allclose(head(x).detach().numpy(), by_hand(head, x), atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False, None])
+@pytest.mark.parametrize("output_bias", [True, False, None, "frozen"])
+@pytest.mark.parametrize(("norm", "output_norm"), [("batch", "none"), ("none", "batch_no_affine")])
+def test_biases_are_where_they_were_asked_for(
+    bias: Any, output_bias: Any, norm: Any, output_norm: Any
+) -> None:
+    options = {"norm": norm, "output_norm": output_norm, "bias": bias, "output_bias": output_bias}
+    head = shaken(MLPHead(6, 4, 5, num_layers=3, **options))
+    inner = has_bias(bias, norm)
+    outer = has_bias(bias, output_norm) if output_bias is None else bool(output_bias)
+    assert [m.bias is not None for m in head.linear_layers] == [inner, inner, outer]
+    assert count(head) == count_by_hand(head.config)
+    x = torch.randn(8, 6)
+    assert np.allclose(head(x).detach().numpy(), by_hand(head, x), atol=1e-4)
+
+
+def test_frozen_output_bias_is_the_only_weight_that_does_not_train() -> None:
+    head = MLPHead(6, 4, 5, output_bias="frozen", output_norm="batch_no_affine")
+    (fixed,) = [n for n, p in head.named_parameters() if not p.requires_grad]
+    assert fixed == "layers.3.bias"
+    before = {n: p.clone() for n, p in head.named_parameters()}
+    optimiser = torch.optim.SGD(head.parameters(), lr=0.1, weight_decay=0.1)
+    head(torch.randn(8, 6)).cos().sum().backward()
+    optimiser.step()
+    unmoved = [n for n, p in head.named_parameters() if torch.equal(p, before[n])]
+    assert unmoved == [fixed]
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_dropout_follows_each_activation_and_keeps_its_mean(probability: float) -> None:
+    head = MLPHead(6, 4, 2000, 3, norm="layer", activation="sigmoid", dropout=probability)
+    assert [i for i, m in enumerate(head.layers) if isinstance(m, nn.Dropout)] == [3, 7]
+    x = torch.randn(8, 6)
+    kept = head.layers[:3](x)
+    dropped = head.layers[:4](x)  # a sigmoid is never zero: zeros come from dropout
+    assert (dropped == 0).float().mean().item() == pytest.approx(probability, abs=0.02)
+    there = dropped != 0
+    assert torch.allclose(dropped[there], kept[there] / (1 - probability))
+
+
+def test_dropout_acts_in_training_only_and_adds_no_weights() -> None:
+    options: dict[str, Any] = {"hidden_dim": 50, "norm": "none"}
+    plain, head = MLPHead(6, 4, **options), MLPHead(6, 4, dropout=0.5, **options)
+    assert not any(isinstance(m, nn.Dropout) for m in plain.layers)
+    weights = list(plain.state_dict().values())
+    assert [w.shape for w in weights] == [w.shape for w in head.state_dict().values()]
+    head.load_state_dict(dict(zip(head.state_dict(), weights, strict=True)))
+    x = torch.randn(8, 6)
+    assert torch.equal(head.eval()(x), plain(x))
+    assert not torch.equal(head.train()(x), plain(x))
+
+
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, float("nan"), True, "0.5"])
+def test_dropout_must_be_a_probability_below_one(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"dropout must be a number in \[0, 1\), not"):
+        MLPHead(6, 4, dropout=value)
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 8), (6, 9, 4), (9, 4, 7)])
+def test_orthogonal_init_gives_every_matrix_singular_values_of_one(
+    widths: tuple[int, int, int],
+) -> None:
+    head = MLPHead(widths[0], widths[2], widths[1], num_layers=3, init="orthogonal")
+    for layer in head.linear_layers:
+        values = np.linalg.svd(layer.weight.detach().numpy().astype(float), compute_uv=False)
+        assert np.allclose(values, 1, atol=1e-5)
+
+
+def test_orthogonal_preset_is_a_fixed_rotation() -> None:
+    head = create_head("orthogonal", input_dim=12, output_dim=12)
+    x = torch.randn(8, 12)
+    assert list(head.parameters()) == []
+    assert torch.allclose(torch.cdist(head(x), head(x)), torch.cdist(x, x), atol=1e-4)
+
+
+def test_low_rank_preset_is_linear_of_that_rank() -> None:
+    head = create_head("low_rank", input_dim=12, hidden_dim=3, output_dim=10)
+    matrix = head(torch.eye(12))
+    assert np.linalg.matrix_rank(matrix.detach().numpy(), tol=1e-5) == 3
+    x = torch.randn(8, 12)
+    assert torch.allclose(head(x), x @ matrix, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("activation", "function"),
+    ("option", "value"),
     [
-        ("relu", torch.relu),
-        ("silu", nn.functional.silu),
-        ("gelu", nn.functional.gelu),
-        ("sigmoid", torch.sigmoid),
-        ("tanh", torch.tanh),
-        ("identity", lambda x: x),
+        ("bias", "yes"), ("bias", 1), ("output_bias", "forzen"), ("output_bias", 0),
+        ("init", "orthogonl"), ("dropout", "0.5"),
     ],
-)
-def test_head_without_norm_is_linear_activation_linear(activation: str, function: Any) -> None:
-    head = MLPHead(6, 4, 5, norm="none", activation=activation)
-    x = torch.randn(8, 6)
-    first, last = head.layers[0], head.layers[-1]
-    expected = function(x @ first.weight.T + first.bias) @ last.weight.T + last.bias
-    assert torch.allclose(head(x), expected, atol=1e-6)
+)  # fmt: skip
+def test_options_of_another_kind_are_refused_by_name(option: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=f"mlp: {option} must be .*not {value!r}"):
+        create_head("mlp", input_dim=6, **{option: value})
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -216,6 +232,7 @@ def test_head_without_norm_is_linear_activation_linear(activation: str, function
         ("norm", "bach", "batch"),
         ("output_norm", "layers", "layer"),
         ("activation", ["relu"], "relu"),
+        ("init", "orthogonl", "orthogonal"),
     ],
 )
 def test_unknown_activation_or_norm_is_refused_even_where_it_has_no_layer(

@@ -1,0 +1,182 @@
+"""The block `headplug:` of a solo-learn config: read, checked, and recorded in full.
+
+A mistake in it must stop the run before training: solo-learn itself ignores keys that it does not
+know. What is recorded is the whole head, so that an evaluation script builds it again from
+`args.json` without the user's files, and two runs are taken for one only if their heads are equal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headplug.errors import OptionError, unknown
+from headplug.heads import list_heads
+
+KEY = "headplug"
+KEYS = ("head", "slot", "weights_sha256")
+ENVIRONMENT = "HEADPLUG_SOLO"  # the block as JSON, where a script has no config to hold it
+EXAMPLE = "headplug: {head: {name: ae_embedding, weights: ae.safetensors}}"
+
+Block = dict[str, Any]
+
+
+def offer() -> None:
+    """Adds the config group `headplug` to Hydra, with one option per registered head.
+
+    The options take any key (`headplug.head.weights=...` needs no `+`), since the head checks its
+    own; a user's file of the same name in the group goes before ours.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    for name in list_heads():
+        node = OmegaConf.create({"head": {"name": name}}, flags={"struct": False})
+        ConfigStore.instance().store(name, node, group=KEY, provider="headplug")
+
+
+def read_block(config: Any, loading: bool = False) -> Block | None:
+    """What a run asks for, in its config or through `headplug-solo --headplug`.
+
+    Args:
+        config: A method's OmegaConf config; None where it has none.
+        loading: The weights come from a checkpoint, so the block's own file is not needed.
+
+    Returns:
+        `head` (a mapping with a name and, for a file of weights, its absolute path) and, where
+        given or known, `slot` and `weights_sha256`; None if no other head is asked for.
+
+    Raises:
+        OptionError, UnknownNameError: A key is misspelt, missing or at the wrong place.
+    """
+    block = None
+    if config is not None:
+        _refuse_misspelt(config)
+        block = _plain(config.get(KEY))
+    if ENVIRONMENT in os.environ:
+        if block is not None:
+            raise OptionError(
+                "the config has a block `headplug:` already. Leave --headplug out, or the block."
+            )
+        block = json.loads(os.environ[ENVIRONMENT])
+    return None if block is None else _checked(block, loading)
+
+
+def record(block: Block, head: Mapping[str, Any], slot: str) -> Block:
+    """The block of a run that was made: its whole head, JSON-plain.
+
+    Args:
+        block: What `read_block` returned.
+        head: The config of the head that was built.
+        slot: The path where it was put.
+
+    Raises:
+        OptionError: The head's config does not survive JSON.
+    """
+    weights = {"weights": block["head"]["weights"]} if block["head"].get("weights") else {}
+    kept = {k: block[k] for k in ("weights_sha256",) if k in block}
+    try:
+        whole: Block = json.loads(
+            json.dumps({"head": {**head, **weights}, "slot": slot, **kept}, allow_nan=False)
+        )
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"the config of the head {head.get('name')!r} cannot be written to args.json: {error}."
+        ) from None
+    return whole
+
+
+def differences(one: Block, other: Block) -> list[str]:
+    """The options in which two recorded heads differ; where their weights lay does not count.
+
+    >>> head = {"name": "reweighting", "kappa": 1.05}
+    >>> differences({"head": head}, {"head": {**head, "kappa": 1.2}})
+    ['kappa: 1.05 and 1.2']
+    """
+    rows = [{**b.get("head", {}), **{k: b.get(k) for k in KEYS[1:]}} for b in (one, other)]
+    names = [k for k in dict.fromkeys([*rows[0], *rows[1]]) if k != "weights"]
+    pairs = {k: (rows[0].get(k), rows[1].get(k)) for k in names}
+    return [f"{k}: {a!r} and {b!r}" for k, (a, b) in pairs.items() if a != b]
+
+
+def _refuse_misspelt(config: Any) -> None:
+    """Refuses keys that look like `headplug` and would be ignored, and `headplug` elsewhere."""
+    for key in config:
+        if key != KEY and difflib.get_close_matches(str(key).lower(), [KEY], cutoff=0.8):
+            raise OptionError(
+                f"the config has the key {key!r}, which nothing reads; write `{KEY}:`."
+            )
+    if KEY in (config.get("method_kwargs") or ()):
+        raise OptionError(
+            f"`{KEY}:` stands under `method_kwargs:`, where nothing reads it; move it to the top "
+            f"of the config, beside `method:`. Example: {EXAMPLE}."
+        )
+
+
+def _plain(block: Any) -> Any:
+    if type(block).__module__.startswith("omegaconf."):
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            return OmegaConf.to_container(block, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            reason = str(error).partition("\n")[0]
+            raise OptionError(f"the block `{KEY}:` cannot be read: {reason}.") from None
+    return block
+
+
+def _checked(block: Any, loading: bool) -> Block:
+    if not isinstance(block, Mapping):
+        raise OptionError(f"`{KEY}:` must hold a block, not {block!r}. Example: {EXAMPLE}.")
+    for key in block:
+        if key not in KEYS:
+            hint = f"A head's own options stand under `head:`, e.g. {EXAMPLE}."
+            raise OptionError(str(unknown("key under `headplug:`", str(key), KEYS[:2], hint)))
+    head, slot = block.get("head"), block.get("slot")
+    if isinstance(head, str):
+        head = {"name": head}
+    if not isinstance(head, Mapping) or not isinstance(head.get("name"), str):
+        raise OptionError(
+            f"`{KEY}:` must say which head: a name, or a block with `name:`; found {head!r}. "
+            f"Example: {EXAMPLE}."
+        )
+    if slot is not None and not isinstance(slot, str):
+        raise OptionError(f"`{KEY}.slot` must be the path of a module, not {slot!r}.")
+    head = {k: v for k, v in head.items() if k != "weights" or v is not None}
+    checked: Block = {**block, "head": head}
+    if loading:
+        head.pop("weights", None)
+    elif isinstance(head.get("weights"), str):
+        path = _start() / Path(head["weights"]).expanduser()
+        head["weights"] = str(path)
+        checked["weights_sha256"] = _digest(path, block.get("weights_sha256"))
+    return checked
+
+
+def _start() -> Path:
+    """The directory that the user started from, which Hydra may have left (`hydra.job.chdir`)."""
+    module = sys.modules.get("hydra.core.hydra_config")
+    if module is not None and module.HydraConfig.initialized():
+        return Path(module.HydraConfig.get().runtime.cwd)
+    return Path.cwd()
+
+
+def _digest(path: Path, expected: Any) -> str | None:
+    """SHA-256 of a file of weights; None if there is none, which the head refuses."""
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.is_file():
+        return None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if expected not in (None, found):
+        raise OptionError(
+            f"{path} is not the file that the config was written for: its SHA-256 is {found}, not "
+            f"{expected}. Bring the old file back, or take `weights_sha256` out."
+        )
+    return found

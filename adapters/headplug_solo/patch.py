@@ -1,0 +1,199 @@
+"""Swapping the head of every solo-learn method at the end of its construction.
+
+solo-learn makes a model, then its optimiser, data-parallel copies and checkpoints from what it then
+has, so the end of `__init__` is early enough for all of them. Without a block `headplug:` in the
+config nothing is changed, and no random number is drawn.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from headplug.errors import CheckpointError, HeadplugError
+from headplug.swap import swap_head
+from headplug_solo.config import EXAMPLE, KEY, Block, differences, read_block, record
+
+KNN = (
+    "solo-learn's kNN classifier does not run on torchmetrics 0.12 or newer, with or without "
+    "headplug: pip install 'torchmetrics<0.12' 'setuptools<81'."
+)
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+MARK = "_takes_heads_of_headplug"
+
+_loading: ContextVar[bool] = ContextVar("loading", default=False)
+swapped: list[str] = []  # the methods that got another head in this process
+
+
+def arm() -> None:
+    """Makes solo-learn's methods take the head that their config asks for; twice does no harm.
+
+    Subclasses, whenever they are defined, do so too. `solo.methods` must have been imported.
+    """
+    methods = sys.modules["solo.methods"].METHODS.values()
+    for root in {_root(cls) for cls in methods}:
+        if "__new__" not in vars(root):
+            _arm_root(root)
+
+    from solo.utils.auto_resumer import AutoResumer
+
+    by_config = "optimizer.name" in AutoResumer.SHOULD_MATCH  # the release matches arguments
+    if by_config and KEY not in AutoResumer.SHOULD_MATCH:
+        AutoResumer.SHOULD_MATCH.append(KEY)
+
+
+def _root(cls: type) -> type:
+    """solo-learn's own base of a method: `BaseMethod` or `LinearModel`."""
+    return next(c for c in reversed(cls.__mro__) if c.__module__.startswith("solo."))
+
+
+def _arm_root(root: Any) -> None:
+    def new(cls: type, *_: Any, **__: Any) -> Any:
+        _adopt(cls)
+        return super(root, cls).__new__(cls)
+
+    def load_from_checkpoint(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if "WeightedKNNClassifier" in vars(sys.modules["__main__"]):
+            _check_knn()
+        token = _loading.set(True)
+        try:
+            return super(root, cls).load_from_checkpoint(*args, **kwargs)
+        finally:
+            _loading.reset(token)
+
+    root.__new__ = new
+    root.load_from_checkpoint = classmethod(load_from_checkpoint)
+
+
+def _adopt(cls: Any) -> None:
+    """Adds the swap, and its record in checkpoints, to the class of a model about to be made."""
+    if MARK in vars(cls):
+        return
+    init, save, load = cls.__init__, cls.on_save_checkpoint, cls.on_load_checkpoint
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind_partial(self, *args, **kwargs).arguments.get("cfg")
+        if type(self) is cls and given is not None and (given.get("knn_eval") or {}).get("enabled"):
+            _check_knn()
+        init(self, *args, **kwargs)
+        if type(self) is cls:  # else a subclass, which goes on constructing
+            _swap_configured(self, getattr(self, "cfg", given))
+
+    @functools.wraps(save)
+    def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        save(self, checkpoint)
+        if KEY in vars(self):
+            checkpoint[KEY] = self.headplug
+
+    @functools.wraps(load)
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        try:
+            _check_checkpoint(self, checkpoint)
+        except HeadplugError as error:
+            raise _brief(error) from None
+        load(self, checkpoint)
+
+    construct.__signature__ = signature  # type: ignore[attr-defined]  # Lightning looks no deeper
+    cls.__init__ = construct
+    cls.on_save_checkpoint = on_save_checkpoint
+    cls.on_load_checkpoint = on_load_checkpoint
+    setattr(cls, MARK, True)
+
+
+def _swap_configured(model: Any, config: Any) -> None:
+    try:
+        block = read_block(config, loading=_loading.get())
+        if block is not None:
+            _swap(model, block, config)
+    except HeadplugError as error:
+        raise _brief(error) from None
+
+
+def _swap(model: Any, block: Block, config: Any = None) -> None:
+    swap = swap_head(model, block["head"], slot=block.get("slot"))
+    if not _loading.get() and not getattr(swap.head, "pretrained", True):
+        width, out = swap.head.input_dim, swap.head.embedding_dim
+        raise HeadplugError(
+            "this ae_embedding head has no pretrained embedding layer and will not train. "
+            f"Pretrain one: `headplug pretrain-ae --data DATA --hidden-dim {width} --latent-dim "
+            f"{out} --out ae.safetensors`, then add headplug.head.weights=ae.safetensors."
+        )
+    model.headplug = record(block, swap.report.new, swap.report.slot.path)
+    if config is not None:
+        from omegaconf import open_dict
+
+        with open_dict(config):
+            config[KEY] = model.headplug
+    swapped.append(type(model).__name__)
+    if all(os.environ.get(rank, "0") == "0" for rank in RANKS):
+        print(f"headplug: {swap.report}", flush=True)
+
+
+def _check_checkpoint(model: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Refuses to mix the weights of different heads; makes the head that a loaded model lacks."""
+    theirs, ours = checkpoint.get(KEY), vars(model).get(KEY)
+    if theirs is None and ours is None:
+        return
+    if ours is None and _loading.get():
+        _swap(model, {k: v for k, v in dict(theirs or {}).items() if k != "weights_sha256"})
+        model.headplug = ours = theirs
+    if theirs is None:
+        raise CheckpointError(
+            f"the checkpoint has solo-learn's own head, this run asks for {ours['head']['name']!r}."
+            " Take the block `headplug:` out, or start from another checkpoint."
+        )
+    if ours is None:
+        raise CheckpointError(
+            f"the checkpoint has the head {theirs['head']['name']!r}, this run asks for none. Add "
+            f"the block `headplug:` that its args.json shows, e.g. {EXAMPLE}."
+        )
+    if unlike := differences(theirs, ours):
+        raise CheckpointError(
+            "the checkpoint has another head than this run asks for (there and here): "
+            f"{'; '.join(unlike)}. Ask for the same head, or start from another checkpoint."
+        )
+    _check_weights(model, checkpoint["state_dict"], ours["slot"])
+
+
+def _check_weights(model: Any, state: Mapping[str, Any], slot: str) -> None:
+    """solo-learn loads with `strict=False`, which would leave a head random and say nothing."""
+    prefix = slot + "."
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.startswith(prefix)}
+    found = {k: tuple(v.shape) for k, v in state.items() if k.startswith(prefix)}
+    if own != found:
+        unlike = sorted(k for k in {*own, *found} if own.get(k) != found.get(k))
+        raise CheckpointError(
+            f"the checkpoint does not hold the weights of the head at {slot!r}: {unlike[0]!r} has "
+            f"shape {found.get(unlike[0])}, the head's {own.get(unlike[0])}. Load the checkpoint "
+            "that the run wrote, unchanged."
+        )
+
+
+def _check_knn() -> None:
+    from solo.utils.knn import WeightedKNNClassifier
+
+    try:
+        WeightedKNNClassifier()
+    except (TypeError, ValueError) as error:
+        if "compute_on_step" in str(error):
+            warnings.warn(KNN, stacklevel=2)
+
+
+def _brief(error: HeadplugError) -> HeadplugError:
+    """The same error, of a kind that a running Hydra prints without a traceback."""
+    config = sys.modules.get("hydra.core.hydra_config")
+    if config is None or not config.HydraConfig.initialized():
+        return error.with_traceback(None)
+    from hydra.errors import CompactHydraException
+
+    kind = type(type(error).__name__, (type(error), CompactHydraException), {})
+    brief: HeadplugError = kind(str(error))
+    return brief
