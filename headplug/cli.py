@@ -135,6 +135,22 @@ def pretrain_ae(
 
 
 @app.command()
+def strip(
+    checkpoint: Annotated[Path, typer.Argument(help="A .ckpt, .pt or .safetensors file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
+    backbone: Annotated[str | None, typer.Option(help="Its path in the model.")] = None,
+) -> None:
+    """Write the backbone of a pretraining checkpoint alone, under torchvision's or timm's names."""
+    from headplug.strip import save_backbone
+
+    if out.suffix != ".safetensors":
+        raise OptionError(f"--out must end in .safetensors; it is {str(out)!r}.")
+    weights = save_backbone(checkpoint, out, backbone)
+    count = sum(w.numel() for w in weights.values())
+    print(f"{out}: {len(weights)} tensors, {count:,} values ({', '.join(list(weights)[:3])}, ...)")
+
+
+@app.command()
 def compare(
     data: Data = "digits",
     heads: Annotated[
