@@ -19,6 +19,9 @@ USUAL = (  # what hosts call the head that trains; in some, `projection_head` is
     "projector",
     "student_head",
     "head",
+    "prediction_head",
+    "predictor",
+    "prototypes",
 )
 
 
@@ -89,7 +92,16 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _nearest(places: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]) -> str:
     """What keeps the likeliest place in a state dict from fitting."""
-    prefix = max(places, key=lambda p: (len(own.keys() & places[p].keys()), -len(places[p])))
+    if not own:
+        return "it has none of its own."
+
+    def likeness(prefix: str) -> tuple[int, int, bool, int]:
+        common = own.keys() & places[prefix].keys()
+        fitting = sum(_shape(places[prefix][k]) == own[k] for k in common)
+        usual = any(name in prefix.split(".") for name in USUAL)
+        return fitting, len(common), usual, -len(places[prefix])
+
+    prefix = max(places, key=likeness)
     found = places[prefix]
     if not own.keys() & found.keys():
         wanted, there = (", ".join(list(keys)[:3]) or "nothing" for keys in (own, places[""]))

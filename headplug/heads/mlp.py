@@ -13,12 +13,15 @@ from typing import Literal
 from torch import nn
 
 from headplug.heads.base import ACTIVATIONS, ProjectionHead, choose, positive, probability
+from headplug.heads.whitening import IterNorm, Whitening
 
-Norm = Literal["batch", "batch_no_affine", "layer", "none"]
+Norm = Literal["batch", "batch_no_affine", "layer", "whitening", "iternorm", "none"]
 NORMS: dict[str, Callable[[int], list[nn.Module]]] = {
     "batch": lambda width: [nn.BatchNorm1d(width)],
     "batch_no_affine": lambda width: [nn.BatchNorm1d(width, affine=False)],
     "layer": lambda width: [nn.LayerNorm(width)],
+    "whitening": lambda width: [Whitening(width)],
+    "iternorm": lambda width: [IterNorm(width)],
     "none": lambda width: [],
 }
 
@@ -70,7 +73,8 @@ class MLPHead(ProjectionHead):
         hidden_dim: Width of the layers between; left out, that of the input.
         num_layers: Number of linear layers.
         activation: relu, silu, gelu, sigmoid, tanh or identity.
-        norm: After every hidden layer: batch, batch_no_affine, layer or none.
+        norm: After every hidden layer: batch, batch_no_affine, layer, whitening, iternorm or none;
+            see `headplug.heads.whitening` for the two that also decorrelate.
         output_norm: The same after the last layer.
         bias: Whether linear layers have a bias; left out, those do that no norm follows, as in
             lightly.

@@ -120,6 +120,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "2109.00783", "vibcreg:VIbCReg.projector", 2048, 2048, num_layers=3, bias=True,
         activation="gelu",
     ),
+    "vibcreg_iternorm_solo": _row(
+        "VIbCReg's expander with iterative normalisation at its end",
+        "2109.00783", "vibcreg:VIbCReg.projector", 2048, 2048, num_layers=3, bias=True,
+        activation="gelu", output_norm="iternorm",
+    ),
+    "whitening": _row(
+        "W-MSE's projector with its whitening: no feature can collapse",
+        "2007.06346", "", 1024, 64, bias=True, output_norm="whitening",
+    ),
     "wmse_solo": _row(
         "W-MSE's narrow projector, in front of its whitening",
         "2007.06346", "wmse:WMSE.projector", 1024, 64, bias=True,

@@ -26,6 +26,11 @@ def _fold(head: ProjectionHead, x: Tensor) -> Tensor:
     return x.reshape(-1, head.input_dim)
 
 
+def _unfold(z: Tensor, x: Tensor) -> Tensor:
+    """`z` with the leading dims of `x`."""
+    return z if x.ndim == 2 else z.reshape(*x.shape[:-1], z.shape[-1])
+
+
 class PrototypesHead(WeightNormedHead):
     """One or several sets of prototypes: linear layers without activation, called `heads`.
 
@@ -102,8 +107,7 @@ class PrototypesHead(WeightNormedHead):
         """
         self._hold(step)
         rows = _fold(self, x)
-        logits: list[Tensor] = [head(rows) for head in self.heads]
-        logits = [z.reshape(*x.shape[:-1], z.shape[-1]) for z in logits]
+        logits = [_unfold(head(rows), x) for head in self.heads]
         return logits[0] if isinstance(self.output_dim, int) else logits
 
     @torch.no_grad()
@@ -211,8 +215,8 @@ class SMoGPrototypesHead(ProjectionHead):
             DimensionError: The last dimension is not `input_dim`.
         """
         groups = self.group_features if group_features is None else group_features
-        z = unit(_fold(self, x)) @ unit(groups).t() / temperature
-        return z.reshape(*x.shape[:-1], z.shape[-1])
+        cosines = unit(_fold(self, x)) @ unit(groups).t()
+        return _unfold(cosines / temperature, x)
 
     def get_updated_group_features(self, x: Tensor) -> Tensor:
         """The groups moved to the mean of the projections nearest to them; the head's own stay.

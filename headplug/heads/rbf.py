@@ -30,38 +30,15 @@ RADIALS: dict[str, Callable[[Tensor], Tensor]] = {  # of the square of the scale
 }
 
 
-def squared_distances(x: Tensor, centers: Tensor) -> Tensor:
-    """Squared Euclidean distances, in the type of the arguments.
-
-    Both are shifted by the centres' mean, which changes no distance and keeps its digits where the
-    features have an offset.
-
-    Args:
-        x: `(rows, features)`.
-        centers: `(kernels, features)`.
-
-    Returns:
-        `(rows, kernels)`, never negative.
-
-    >>> squared_distances(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    tensor([[25.,  0.]])
-    """
-    shift = centers.detach().mean(0)
-    x, centers = x - shift, centers - shift
-    squares = x.square().sum(1, keepdim=True) + centers.square().sum(1)
-    return (squares - 2 * x @ centers.T).clamp_min(0)
-
-
 class RBFLayer(nn.Module):
     """Kernels around learned centres, mixed linearly: `weights @ phi(exp(log_shapes) * r)`.
 
-    `r` is the Euclidean distance to a centre. The parameters, with the names and shapes that the
-    authors of arXiv 2606.21590 take from the package PytorchRBFLayer: `weights` (out_features,
-    num_kernels), `kernels_centers` (num_kernels, in_features), `log_shapes` (num_kernels,).
-
-    They start as there (Xavier, uniform in [-1, 1], normal with deviation 0.1), save that the
-    shapes start around 1 / sqrt(in_features) instead of 1: with a few hundred features and shapes
-    of 1, every Gaussian is zero in float32, and the layer is a constant without gradient.
+    `r` is the Euclidean distance to a centre. The parameters have the names and shapes of the
+    package PytorchRBFLayer, as in the code of arXiv 2606.21590: `weights` (out_features,
+    num_kernels), `kernels_centers` (num_kernels, in_features), `log_shapes` (num_kernels,). They
+    start as there (Xavier; uniform in [-1, 1]; normal with deviation 0.1), save that shapes start
+    around 1 / sqrt(in_features) instead of 1: at 1, with some hundred features, every Gaussian is
+    zero in float32 and the layer is a constant without gradient.
 
     Args:
         in_features: Width of the input.
@@ -69,8 +46,8 @@ class RBFLayer(nn.Module):
         out_features: Width of the output.
         radial: gaussian, inverse_quadratic, inverse_multiquadric, multiquadric or thin_plate
             (r^2 log r, the authors' "tps").
-        normalize: Whether kernel values are divided by their sum plus 1e-9. Meant for kernels
-            that are positive; the sum of thin-plate values can come near zero.
+        normalize: Whether kernel values are divided by their sum plus 1e-9. Meant for positive
+            kernels; the sum of thin-plate values can come near zero.
 
     Raises:
         OptionError: A width is not a positive integer, or no radial has that name.
@@ -90,7 +67,7 @@ class RBFLayer(nn.Module):
         num_kernels: int,
         out_features: int,
         radial: str = "gaussian",
-        normalize: bool = True,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = positive("in_features", in_features)
@@ -111,22 +88,16 @@ class RBFLayer(nn.Module):
         return F.linear(self.kernels(x).to(x.dtype), self.weights)
 
     def kernels(self, x: Tensor) -> Tensor:
-        """Kernel values `(batch, num_kernels)` before they are mixed; at least float32."""
+        """Kernel values `(batch, num_kernels)` before they are mixed; float32 at least."""
         wide = torch.promote_types(x.dtype, torch.float32)
         with _no_autocast(x):
             squares = squared_distances(x.to(wide), self.kernels_centers.to(wide))
             values = RADIALS[self.radial](squares * torch.exp(2 * self.log_shapes.to(wide)))
-            if self.normalize:
-                values = values / (values.sum(1, keepdim=True) + 1e-9)
-        return values
+            return values / (values.sum(1, keepdim=True) + 1e-9) if self.normalize else values
 
     @torch.no_grad()
     def init_centers(self, rows: Tensor, seed: int = 0) -> None:
-        """Sets centres and shapes from data, in place; see `RBFHead.init_centers`.
-
-        Args:
-            rows: Inputs of this layer, `(rows, in_features)`.
-            seed: Of k-means.
+        """Sets centres and shapes from `(rows, in_features)`; see `RBFHead.init_centers`.
 
         Raises:
             DataError: Fewer rows differ than there are kernels.
@@ -136,8 +107,8 @@ class RBFLayer(nn.Module):
         if distinct < self.num_kernels:
             raise DataError(
                 f"only {distinct} of the {len(rows)} rows that reach an RBF layer differ; its "
-                f"{self.num_kernels} kernels need as many. Pass more features, or take fewer "
-                "kernels."
+                f"{self.num_kernels} kernels need as many. Pass more features, or build the head "
+                "with fewer kernels."
             )
         if "kernels_centers" in self._parameters:
             self.kernels_centers.copy_(k_means(rows, self.num_kernels, seed))
@@ -149,22 +120,17 @@ class RBFLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for `print`."""
-        return (
-            f"{self.in_features}, {self.num_kernels}, {self.out_features}, "
-            f"radial={self.radial!r}, normalize={self.normalize}"
-        )
+        widths = f"{self.in_features}, {self.num_kernels}, {self.out_features}"
+        return f"{widths}, radial={self.radial!r}, normalize={self.normalize}"
 
 
 class RBFHead(ProjectionHead):
     """Linear layers with a network of radial basis functions behind each but the last.
 
-    From arXiv 2606.21590, whose authors recommend three Gaussian RBF layers. Take their results
-    with care: with their initial shapes and 2048 features every Gaussian is zero, and their
-    published logs show it (the training loss of all their Gaussian SimCLR runs is log(2 * 2048 -
-    1), that of a constant output). Here it starts alive; better, start it from data, before the
-    optimiser's first step:
-
-        head.init_centers(features(model, images, at="pre_projection"))
+    From arXiv 2606.21590. Its authors recommend three Gaussian RBF layers (`num_layers=4`); their
+    published results do not bear that out, because their Gaussians start at zero (see `RBFLayer`)
+    and stay there: all 72 Gaussian SimCLR runs end at the loss of a constant output. Here one layer
+    trains from its random start; deeper heads need `init_centers`, and one layer gains from it.
 
     Args:
         input_dim: Width of the representation.
@@ -174,18 +140,18 @@ class RBFHead(ProjectionHead):
         num_kernels: Centres in every RBF layer; the paper uses 128 to 512.
         radial: gaussian, inverse_quadratic, inverse_multiquadric, multiquadric or thin_plate
             (the authors' "tps").
-        normalize: Whether a layer's kernel values are divided by their sum.
+        normalize: Whether an RBF layer's kernel values are divided by their sum.
         norm: Before every RBF layer: batch, batch_no_affine, layer or none.
-        output_norm: After the last layer; the authors' projection head with batch norm has it
-            here, too, their prediction head has not.
+        output_norm: After the last layer. The authors' projection head with batch norm has it in
+            both places, their prediction head only in the first.
 
     Raises:
         OptionError: An option has an impossible value.
 
-    >>> RBFHead(512, 128, num_layers=2).layers
+    >>> RBFHead(512, 128).layers
     Sequential(
       (0): Linear(in_features=512, out_features=512, bias=True)
-      (1): RBFLayer(512, 256, 512, radial='gaussian', normalize=True)
+      (1): RBFLayer(512, 256, 512, radial='gaussian', normalize=False)
       (2): Linear(in_features=512, out_features=128, bias=True)
     )
     """
@@ -198,10 +164,10 @@ class RBFHead(ProjectionHead):
         input_dim: int,
         output_dim: int = 128,
         hidden_dim: int | None = None,
-        num_layers: int = 4,
+        num_layers: int = 2,
         num_kernels: int = 256,
         radial: str = "gaussian",
-        normalize: bool = True,
+        normalize: bool = False,
         norm: Norm = "none",
         output_norm: Norm = "none",
     ) -> None:
@@ -216,9 +182,10 @@ class RBFHead(ProjectionHead):
         self.norm = norm
         self.output_norm = output_norm
         widths = [self.hidden_dim] * (num_layers - 1)
-        kernels = [RBFLayer(w, num_kernels, w, radial, normalize) for w in widths]  # authors' order
+        ready = [RBFLayer(w, num_kernels, w, radial, normalize) for w in widths]  # before linears,
+        take = iter(ready)  # as the authors do, so that a seed gives their values
         self.layers = stack(
-            [input_dim, *widths, output_dim], lambda width: kernels.pop(0), norm, output_norm
+            [input_dim, *widths, output_dim], lambda width: next(take), norm, output_norm
         )
 
     @property
@@ -232,41 +199,43 @@ class RBFHead(ProjectionHead):
 
         A layer's centres come from k-means on what reaches it in training mode, the layers before
         it already set. A kernel's shape is one over its width: the root mean square distance from
-        its centre to the 2 * rows / num_kernels nearest rows (those of its own and of a
-        neighbouring cluster, on average), but no less than a thousandth of what is usual in the
-        layer. Frozen centres and shapes stay.
+        its centre to the 2 * rows / num_kernels nearest rows (about those of its own and one
+        neighbouring cluster), at least a thousandth of the layer's root mean square width. Frozen
+        centres and shapes stay.
 
-        Parameters keep their identity, so an optimiser that holds them stays valid. Mode, running
-        statistics and global generators are left alone; after an error, so are the weights. Make a
-        momentum copy of the head afterwards, or load it again:
-        `twin.load_state_dict(head.state_dict())`. The same holds for processes that train together.
+        Parameters are changed in place, so an optimiser that holds them stays valid. Mode, running
+        statistics and global generators are left alone, and after an error the weights, too. A
+        momentum copy must be made afterwards or loaded again: `twin.load_state_dict(
+        head.state_dict())`; so must the heads of other processes.
 
         Args:
             features: Representations, `(..., input_dim)`; a few thousand rows are enough.
-            seed: The same one gives the same centres, on one kind of device.
+            seed: The same one gives the same centres on the same kind of device.
 
         Raises:
             DimensionError: The features have another width.
-            DataError: Values are not finite, or there are fewer different rows than kernels.
+            DataError: Values are not finite, or fewer rows differ than there are kernels.
             OptionError: All centres and shapes are frozen.
+
+        >>> head = RBFHead(16, 4, num_kernels=8)
+        >>> head.init_centers(torch.rand(100, 16))
         """
         x = self._checked(features)
-        layers = copy.deepcopy(self.layers).train()  # an error or batch norm changes only the copy
+        layers = copy.deepcopy(self.layers).train()  # batch norm, and an error, change only this
         with _no_autocast(x):
             for layer in layers:
                 if isinstance(layer, RBFLayer):
                     layer.init_centers(x, seed)
                 x = layer(x)
-        ready = [m for m in layers if isinstance(m, RBFLayer)]
-        for layer, found in zip(self.rbf_layers, ready, strict=True):
-            layer.load_state_dict(found.state_dict())
+        for old, new in zip(self.layers, layers, strict=True):
+            if isinstance(old, RBFLayer):
+                old.load_state_dict(new.state_dict())
 
     def separation(self) -> float:
         """Scale-Normalized Separation of the last RBF layer, as its authors take it.
 
-        They read `exp(log_shapes)` as a kernel's width, although it is the layer's factor on
-        distances, one over the width. For the widths, call `scale_normalized_separation` with
-        `torch.exp(-layer.log_shapes)`.
+        They read `exp(log_shapes)` as a kernel's width, although the layer multiplies distances by
+        it. For the true widths give `scale_normalized_separation` `torch.exp(-layer.log_shapes)`.
 
         Raises:
             OptionError: The layer has one kernel only.
@@ -277,12 +246,12 @@ class RBFHead(ProjectionHead):
             return scale_normalized_separation(layer.kernels_centers.float(), shapes).item()
 
     def _checked(self, features: Tensor) -> Tensor:
-        """Features as rows of the first layer's type, on its device."""
+        """The features as rows, where and as the first layer takes them."""
         trained = {name.rpartition(".")[2] for name, _ in self.named_parameters()}
         if trained.isdisjoint(RBFLayer.no_decay):
             raise OptionError(
-                "all centres and shapes of this head are frozen; call init_centers before "
-                "freezing: head.init_centers(features); head.freeze_layers(...)."
+                "all centres and shapes of this head are frozen; set them first: "
+                "head.init_centers(features); head.freeze_layers(...)."
             )
         if features.shape[-1:] != (self.input_dim,):
             raise DimensionError(
@@ -290,10 +259,11 @@ class RBFHead(ProjectionHead):
                 f"does; these have shape {tuple(features.shape)}."
             )
         rows = features.detach().reshape(-1, self.input_dim)
-        if len(rows) < max(2, self.num_kernels):
+        needed = max(2, self.num_kernels)
+        if len(rows) < needed:
             raise DataError(
-                f"init_centers needs at least {max(2, self.num_kernels)} rows, one per kernel; "
-                f"there are {len(rows)}. Pass more features, or build the head with fewer kernels."
+                f"init_centers needs at least {needed} rows for {self.num_kernels} kernels; there "
+                f"are {len(rows)}. Pass more features, or build the head with fewer kernels."
             )
         wrong = int((~rows.isfinite()).any(1).sum())
         if wrong:
@@ -305,70 +275,83 @@ class RBFHead(ProjectionHead):
 
 
 def scale_normalized_separation(centers: Tensor, sigmas: Tensor) -> Tensor:
-    """How well kernels are spread for their widths (SNS, arXiv 2606.21590); needs no labels.
+    """How well kernels are spread for their widths (SNS, arXiv 2606.21590), without labels.
 
-    The mean of `d^2 exp(-d^2)` over all pairs of different kernels, where `d = |ci - cj| /
-    sqrt((si^2 + sj^2 + 1e-8) features)`. It lies in [0, 1/e]: 1/e where all pairs are at d = 1,
-    near 0 where kernels coincide or do not meet. The paper reports that higher values go with
-    better representations.
+    The mean over all pairs of kernels of `d^2 exp(-d^2)`, with `d = |ci - cj| / sqrt((si^2 + sj^2 +
+    1e-8) * features)`. It lies in [0, 1/e]: 1/e where every pair is at d = 1, near 0 where kernels
+    coincide or do not meet. The paper reports that higher values go with better representations.
 
     Args:
         centers: `(kernels, features)`.
         sigmas: Widths, `(kernels,)`.
 
     Returns:
-        A scalar with a gradient.
+        A scalar, with a gradient.
 
     Raises:
         DimensionError: The shapes do not fit each other.
         OptionError: There are fewer than two kernels.
 
-    >>> scale_normalized_separation(torch.tensor([[0.0], [2.0]]), torch.tensor([2.0, 2.0])).item()
-    0.303265...
+    >>> scale_normalized_separation(torch.tensor([[0.0], [2.0]]), torch.tensor([1.0, 3.0]))
+    tensor(0.2681)
     """
     if centers.ndim != 2 or sigmas.shape != centers.shape[:1]:
         raise DimensionError(
-            f"centers must be (kernels, features) and sigmas (kernels,), not "
+            "centers must be (kernels, features) and sigmas (kernels,), not "
             f"{tuple(centers.shape)} and {tuple(sigmas.shape)}."
         )
-    count, features = centers.shape
-    if count < 2:
-        raise OptionError(f"separation is one of pairs of kernels; there is only {count}.")
+    kernels, features = centers.shape
+    if kernels < 2:
+        raise OptionError(f"separation takes two kernels or more, not {kernels}.")
     scales = sigmas.square()[:, None] + sigmas.square() + 1e-8
     squares = squared_distances(centers, centers) / (scales * features)
     energies = squares * torch.exp(-squares)
-    pairs = ~torch.eye(count, dtype=torch.bool, device=centers.device)
-    return energies[pairs].mean()
+    return (energies.sum() - energies.trace()) / (kernels * (kernels - 1))
+
+
+def squared_distances(x: Tensor, centers: Tensor) -> Tensor:
+    """Squared Euclidean distances between `(rows, features)` and `(kernels, features)`.
+
+    Both are shifted by the mean centre, which changes no distance but keeps digits that would
+    cancel where features have an offset.
+
+    Returns:
+        `(rows, kernels)`, never negative.
+
+    >>> squared_distances(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[25.,  0.]])
+    """
+    shift = centers.detach().mean(0)
+    x, centers = x - shift, centers - shift
+    squares = x.square().sum(1, keepdim=True) + centers.square().sum(1)
+    return (squares - 2 * x @ centers.T).clamp_min(0)
 
 
 @torch.no_grad()
 def k_means(rows: Tensor, k: int, seed: int = 0, steps: int = 100) -> Tensor:
-    """Lloyd's algorithm after k-means++ seeding, on the rows' device, with a generator of its own.
+    """Centres `(k, features)` by Lloyd's algorithm after k-means++ seeding, on the rows' device.
 
-    A cluster that loses its rows moves to the row farthest from its centre.
+    A cluster that loses its rows moves to a row that is farthest from its centre. The generator is
+    its own.
 
     Args:
         rows: `(rows, features)`, at least k of them, in float32.
         k: Number of centres.
-        seed: The same one gives the same centres, on one kind of device.
+        seed: Of the k-means++ draws.
         steps: Most steps taken; it stops when no row changes its cluster.
-
-    Returns:
-        Centres, `(k, features)`.
 
     >>> k_means(torch.tensor([[0.0], [1.0], [10.0], [11.0]]), 2).sort(0).values
     tensor([[ 0.5000],
             [10.5000]])
     """
     noise = torch.Generator(rows.device).manual_seed(seed)
-    nearest = rows.new_full((len(rows),), torch.inf)
-    chance, chosen = torch.ones_like(nearest), []
-    for _ in range(k):  # the fastest of clocks that run at rates `chance` is a draw by `chance`
-        clock = torch.empty_like(chance).exponential_(generator=noise)
+    chance, chosen = rows.new_ones(len(rows)), []
+    for i in range(k):  # the first of clocks that tick at rates `chance` is a draw with `chance`
+        clock = torch.empty_like(chance).exponential_(generator=noise).clamp_min(TINY)
         chosen.append((chance / clock).argmax())
-        chance = nearest = torch.minimum(nearest, (rows - rows[chosen[-1]]).square().sum(1))
-    centers = rows[torch.stack(chosen)]
-    clusters = None
+        squares = (rows - rows[chosen[-1]]).square().sum(1)
+        chance = torch.minimum(chance, squares) if i else squares
+    centers, clusters = rows[torch.stack(chosen)], None
     for _ in range(steps):
         before, (nearest, clusters) = clusters, squared_distances(rows, centers).min(1)
         if before is not None and torch.equal(before, clusters):
@@ -376,28 +359,25 @@ def k_means(rows: Tensor, k: int, seed: int = 0, steps: int = 100) -> Tensor:
         members = F.one_hot(clusters, k).to(rows)
         counts = members.sum(0)
         centers = members.T @ rows / counts.clamp_min(1)[:, None]
-        empty = counts == 0
-        centers[empty] = rows[nearest.topk(int(empty.sum())).indices]
+        centers[counts == 0] = rows[nearest.topk(int((counts == 0).sum())).indices]
     return centers
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    device = x.device.type
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    available = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext()
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "rbf": {
         "builder": RBFHead,
-        "summary": "three Gaussian RBF layers; their centres give a quality without labels",
+        "summary": "a layer of Gaussian kernels; start its centres from data",
         "paper": "arXiv 2606.21590",
     },
     "rbf_predictor": {
         "builder": RBFHead,
-        "summary": "RBF predictor for BYOL and SimSiam: batch norm, one Gaussian RBF layer",
+        "summary": "predictor of Gaussian kernels behind batch norm, for BYOL and SimSiam",
         "paper": "arXiv 2606.21590",
-        "preset": {"num_layers": 2, "norm": "batch"},
+        "preset": {"norm": "batch"},
     },
 }

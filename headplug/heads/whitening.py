@@ -87,8 +87,7 @@ class Whitening(_Decorrelation):
 
     The centred batch is multiplied by the inverse factor of `(1 - eps) * cov + eps * I`, with the
     unbiased covariance, as in solo-learn's and lightly's `Whitening2d`; gradients go through the
-    factor. No weights. The cost grows with the cube of the width, in evaluation,
-    too.
+    factor. No weights. Training and evaluation cost the cube of the width.
 
     A batch of at most `width` rows has a singular covariance, which only `eps` repairs: its output
     is then uncorrelated as far as the rows allow. Features far larger than `1 / sqrt(eps)` need a

@@ -26,7 +26,7 @@ def describe_layers(head: nn.Module) -> str:
     >>> describe_layers(create_head("simsiam", input_dim=8, hidden_dim=4, output_dim=4))
     'L- BN ReLU L- BN ReLU L- BN0'
     """
-    return " ".join(_counted(_spell(layer) for _, layer in layers(head))) or type(head).__name__
+    return " ".join(_counted(_spell(m) for _, m in layers(head) if _acts(m))) or type(head).__name__
 
 
 def describe_dims(head: nn.Module) -> str:
@@ -63,6 +63,10 @@ def summarise(entry: Entry, input_dim: int) -> dict[str, Any]:
     return row | {k: getattr(entry, k) for k in ("paper", "summary", "source", "defaults")}
 
 
+def _acts(layer: nn.Module) -> bool:
+    return not (isinstance(layer, nn.Dropout) and layer.p == 0)
+
+
 def _spell(layer: nn.Module) -> str:
     if isinstance(layer, nn.Linear):
         return "L-" if layer.bias is None else "L+"
@@ -70,7 +74,7 @@ def _spell(layer: nn.Module) -> str:
         return "BN0" if layer.weight is None else "BN"
     if isinstance(layer, nn.LayerNorm):
         return "LN"
-    if inner := [_spell(m) for _, m in layers(layer)]:
+    if inner := [_spell(m) for _, m in layers(layer) if _acts(m)]:
         return f"[{' '.join(inner)}]"
     return type(layer).__name__
 
