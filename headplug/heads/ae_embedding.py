@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,9 @@ class AEEmbeddingHead(ProjectionHead):
     """
 
     name = "ae_embedding"
-    other_keys: ClassVar = {"0.": "layers.embedding.", "2.": "layers.output."}  # the authors'
+    other_keys: Mapping[str, str] = MappingProxyType(
+        {"0.": "layers.embedding.", "2.": "layers.output."}
+    )  # the authors'
     pretrained: Tensor
 
     def __init__(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -40,7 +41,9 @@ class ProjectionHead(nn.Module):
     name = ""
     recipe: Mapping[str, Any] | None = None  # the config, where the constructor does not show it
     inherent: tuple[str, ...] = ()  # what the recipe freezes by itself
-    other_keys: ClassVar[Mapping[str, str]] = {"": "layers."}  # solo-learn's key prefixes: ours
+    other_keys: Mapping[str, str] = MappingProxyType(
+        {"": "layers."}
+    )  # solo-learn's key prefixes: ours
     layers: nn.Module
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
@@ -59,7 +62,8 @@ class ProjectionHead(nn.Module):
         frozen = {"freeze": list(self.frozen)} if self.frozen != self.inherent else {}
         if self.recipe is not None:
             return {**self.recipe, **frozen}
-        options = [o for o in inspect.signature(type(self)).parameters if o != "weights"]
+        init = self.__init__  # type: ignore[misc] # FSDP2 gives the class another signature
+        options = [o for o in inspect.signature(init).parameters if o != "weights"]
         for option in options:
             if not hasattr(self, option):
                 raise OptionError(
@@ -73,14 +77,25 @@ class ProjectionHead(nn.Module):
         Raises:
             DimensionError: The last dimension is not `input_dim`.
         """
+        return self.unfold(self.project(self.fold(x)), x)
+
+    def fold(self, x: Tensor) -> Tensor:
+        """`x` of shape `(..., input_dim)` as `(batch, input_dim)`.
+
+        Raises:
+            DimensionError: The last dimension is not `input_dim`.
+        """
         if x.shape[-1] != self.input_dim:
             raise DimensionError(
                 f"the head {self.name!r} takes {self.input_dim} features in the last dimension; "
                 f"the input has shape {tuple(x.shape)}. Pool or flatten it, or build the head with "
                 f"input_dim={x.shape[-1]}."
             )
-        z = self.project(x.reshape(-1, self.input_dim))
-        return z.reshape(*x.shape[:-1], self.output_dim)
+        return x if x.ndim == 2 else x.reshape(-1, self.input_dim)
+
+    def unfold(self, z: Tensor, x: Tensor) -> Tensor:
+        """The result for `fold(x)` with the leading dims of `x`."""
+        return z if x.ndim == 2 else z.reshape(*x.shape[:-1], z.shape[-1])
 
     def project(self, x: Tensor) -> Tensor:
         """The head itself, on `(batch, input_dim)`."""

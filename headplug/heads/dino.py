@@ -7,8 +7,9 @@ The weight-normed layer keeps the keys, gradients and random numbers of `torch.n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +145,7 @@ class DINOHead(WeightNormedHead):
     """
 
     name = "dino"
-    other_keys: ClassVar = {"mlp.": "layers."}  # solo-learn's
+    other_keys: Mapping[str, str] = MappingProxyType({"mlp.": "layers."})  # solo-learn's
     layers: nn.Sequential
 
     def __init__(

@@ -19,18 +19,6 @@ def _linear(input_dim: int, output_dim: int, bias: bool, weight_norm: bool) -> n
     return nn.Linear(input_dim, output_dim, bias)
 
 
-def _fold(head: ProjectionHead, x: Tensor) -> Tensor:
-    """`x` as `(batch, input_dim)`."""
-    if x.shape[-1] != head.input_dim:
-        ProjectionHead.forward(head, x)  # refuses it
-    return x.reshape(-1, head.input_dim)
-
-
-def _unfold(z: Tensor, x: Tensor) -> Tensor:
-    """`z` with the leading dims of `x`."""
-    return z if x.ndim == 2 else z.reshape(*x.shape[:-1], z.shape[-1])
-
-
 class PrototypesHead(WeightNormedHead):
     """One or several sets of prototypes: linear layers without activation, called `heads`.
 
@@ -74,10 +62,10 @@ class PrototypesHead(WeightNormedHead):
                 "prototypes with trainable=False stay as they are at every step: leave "
                 f"n_steps_frozen_prototypes={n_steps_frozen_prototypes} out."
             )
-        self.other_keys = {"": "heads.0."}  # type: ignore[misc]
+        self.other_keys = {"": "heads.0."}
         if isinstance(output_dim, Sequence):
             self.output_dim = sizes  # type: ignore[assignment]
-            self.other_keys = {"": "heads."}  # type: ignore[misc]
+            self.other_keys = {"": "heads."}
         self.n_steps_frozen_prototypes = n_steps_frozen_prototypes
         self.bias = bias
         self.weight_norm = weight_norm
@@ -106,8 +94,8 @@ class PrototypesHead(WeightNormedHead):
             OptionError: `step` is missing in training.
         """
         self._hold(step)
-        rows = _fold(self, x)
-        logits = [_unfold(head(rows), x) for head in self.heads]
+        rows = self.fold(x)
+        logits = [self.unfold(head(rows), x) for head in self.heads]
         return logits[0] if isinstance(self.output_dim, int) else logits
 
     @torch.no_grad()
@@ -215,8 +203,8 @@ class SMoGPrototypesHead(ProjectionHead):
             DimensionError: The last dimension is not `input_dim`.
         """
         groups = self.group_features if group_features is None else group_features
-        cosines = unit(_fold(self, x)) @ unit(groups).t()
-        return _unfold(cosines / temperature, x)
+        cosines = unit(self.fold(x)) @ unit(groups).t()
+        return self.unfold(cosines / temperature, x)
 
     def get_updated_group_features(self, x: Tensor) -> Tensor:
         """The groups moved to the mean of the projections nearest to them; the head's own stay.

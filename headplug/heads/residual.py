@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,7 +73,9 @@ class ResidualHead(ProjectionHead):
     """
 
     name = "residual"
-    other_keys: ClassVar = {"": "blocks."}  # those of a bare `nn.Sequential`
+    other_keys: Mapping[str, str] = MappingProxyType(
+        {"": "blocks."}
+    )  # those of a bare `nn.Sequential`
 
     def __init__(
         self,
