@@ -1,14 +1,23 @@
-"""A training step of a head: forward, backward, SGD with momentum, on 256 rows of 512 features."""
+"""A training step of a head: forward, backward, SGD with momentum, on 256 rows of 512 features.
 
+Peers are built as their library builds them: lightly's own class with our head's options, or for
+solo-learn, whose methods write the layers down in place, a bare Sequential of the same layers.
+"""
+
+import copy
 import importlib
+import inspect
 
 import pytest
 import torch
 
-from headplug import create_head, describe_head, list_heads
+from headplug import MLPHead, create_head, describe_head, list_heads
 
 BATCH, WIDTH = 256, 512
-SOURCED = [n for n in list_heads() if describe_head(n).source]
+SMALL = {"hidden_dim": 512, "output_dim": 128, "num_blocks": 2}
+ENTRIES = [describe_head(name) for name in list_heads()]
+OF_LIGHTLY = [e.name for e in ENTRIES if e.source.startswith("lightly.")]
+OF_SOLO = [e.name for e in ENTRIES if e.source.startswith("solo.") and e.builder is MLPHead]
 
 
 def stepper(head):
@@ -27,30 +36,52 @@ def stepper(head):
     return step
 
 
+def small(name):
+    """A preset with widths that a CPU trains in milliseconds."""
+    taken = describe_head(name).signature.parameters
+    return create_head(name, input_dim=WIDTH, **{k: v for k, v in SMALL.items() if k in taken})
+
+
+def of_lightly(head):
+    """lightly's own head with the options of ours."""
+    module, _, kind = describe_head(head.name).source.partition(":")
+    peer = getattr(importlib.import_module(module), kind)
+    options = {
+        **vars(head),
+        "batch_norm": getattr(head, "norm", "") == "batch",
+        "use_bias": bool(getattr(head, "bias", True)),
+        "n_prototypes": head.output_dim,
+        "num_clusters": head.output_dim,
+        "group_features": torch.rand(head.output_dim, head.input_dim),
+    }
+    if kind == "MMCRProjectionHead":  # it counts the hidden layers
+        options["num_layers"] -= 1
+    taken = inspect.signature(peer).parameters
+    built = peer(**{k: v for k, v in options.items() if k in taken})
+    if kind != "SMoGPrototypes":
+        return built
+
+    class Called(torch.nn.Module):  # as SMoG's training step calls it
+        def forward(self, x):
+            return built(x, built.group_features)
+
+    return Called()
+
+
+@pytest.mark.parametrize("name", OF_LIGHTLY)
+def test_head_against_lightly(name, against):
+    head = small(name)
+    assert against(stepper(head), stepper(of_lightly(head))) < 1.2
+
+
+@pytest.mark.parametrize("name", OF_SOLO)
+def test_head_against_bare_layers_as_in_solo_learn(name, against):
+    head = small(name)
+    assert against(stepper(head), stepper(copy.deepcopy(head.layers))) < 1.2
+
+
 def ours(name, **options):
     return stepper(create_head(name, input_dim=WIDTH, **options))
-
-
-@pytest.mark.parametrize("name", SOURCED)
-def test_head_against_lightly(name, against):
-    entry = describe_head(name)
-    module, _, kind = entry.source.partition(":")
-    peer_class = getattr(importlib.import_module(module), kind)
-    dims = {"input_dim": WIDTH, "hidden_dim": 512, "output_dim": 128}
-    peer = peer_class(**dims, **_layers(peer_class, entry))
-    head = create_head(name, **dims)
-    assert against(stepper(head), stepper(peer)) < 1.2
-
-
-def _layers(peer_class, entry):
-    import inspect
-
-    taken = inspect.signature(peer_class).parameters
-    given = {
-        "num_layers": entry.defaults["num_layers"],
-        "batch_norm": entry.defaults["norm"] == "batch",
-    }
-    return {k: v for k, v in given.items() if k in taken}
 
 
 @pytest.mark.parametrize("embedding_dim", [128, 256, 512])
