@@ -579,3 +579,19 @@ def test_command_line_lists_heads_of_installed_packages(site: Path) -> None:
     assert "broken_heads:BrokenHead" in listing.stderr
     rows = json.loads(run_with(site, "-c", main, "heads", "their_head", "--json").stdout)
     assert rows[0]["summary"] == "A head from another package."
+
+
+@pytest.mark.slow
+def test_head_of_an_installed_package_is_compared_with_ours(site: Path, tmp_path: Path) -> None:
+    command = [
+        "-m", "headplug.cli", "compare", "--backbone", "test_resnet", "--limit", "200",
+        "--epochs", "1", "--batch-size", "64", "--probes", "ridge", "--heads",
+        "simclr_plain,their_head",
+        "--out", str(tmp_path / "run"), "--json",
+    ]  # fmt: skip
+    results = json.loads(run_with(site, *command).stdout)
+    theirs = {run["head"]: run for run in results["runs"]}["their_head"]
+    assert theirs["head_params_trainable"] == 7 * (theirs["head_params_trainable"] // 7) > 0
+    assert theirs["train_images_per_s"] > 0
+    assert {"pre_projection", "projection"} <= {row["tap"] for row in theirs["taps"]}
+    assert "their_head" in (tmp_path / "run" / "report.html").read_text("utf-8")
