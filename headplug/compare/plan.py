@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headplug.compare.recipes import recipe
 from headplug.errors import OptionError, unknown
@@ -41,6 +42,22 @@ class HeadChoice:
     def slug(self) -> str:
         """The label as part of a file name."""
         return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.label).strip("-")
+
+    def check(self, input_dim: int) -> None:
+        """Builds and runs the head on the meta device, which allocates nothing.
+
+        Raises:
+            OptionError: It gives something else than one vector per image.
+            DimensionError, OptionError: As `create_head` does.
+        """
+        with torch.device("meta"):
+            head = create_head({**self.options, "input_dim": input_dim}).eval()
+            z = head(torch.empty(2, input_dim))
+        if not isinstance(z, Tensor) or z.ndim != 2:
+            raise OptionError(
+                f"the head {self.label!r} gives {type(z).__name__} and cannot stand before a loss; "
+                "compare projection heads only."
+            )
 
 
 @dataclass(frozen=True)
@@ -182,8 +199,7 @@ class Plan:
                 listing = ",".join(f"{o}={v}" for o, v in options.items())
                 label = f"{name}[{listing}]" if listing else name
                 found[label] = HeadChoice(label, {"name": name, **options})
-                with torch.device("meta"):  # a wrong value fails now, and nothing is allocated
-                    create_head({**found[label].options, "input_dim": 8})
+                found[label].check(2**16)  # the backbone's width is not known yet
         given = {
             "widths": WIDTH_OPTIONS,
             "output_dims": ("output_dim",),

@@ -7,6 +7,7 @@ last, so that it says that the others are there.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from headplug.autoencoder import Autoencoder, pretrain_autoencoder
@@ -50,12 +51,15 @@ class Runner:
     Raises:
         UnknownNameError, OptionError: The backbone does not exist or cannot take the images, or
             these do not fill a batch.
+        DimensionError: A head does not fit the backbone's width.
     """
 
     def __init__(self, plan: Plan, data: ImageData) -> None:
         self.plan, self.data = plan, data
         EpochBatches(len(data.train), plan.batch_size, world_size=plan.devices * plan.nodes)
         self.width = int(self._backbone(0).num_features)  # type: ignore[arg-type]
+        for choice in plan.choices:
+            choice.check(self.width)
         channels = data.train.shape[0]
         mean, std = torch.zeros(channels), torch.ones(channels)
         if plan.standardize:  # of at most 10,000 images, so that they need not all be in memory
@@ -120,10 +124,21 @@ class Runner:
         backbone = self._backbone(seed)
         with _seeded(seed):
             head = create_head(options)
+            if hasattr(head, "init_centers"):
+                head.init_centers(self._first_features(backbone), seed)  # type: ignore[operator]
             model = SSLModel(
                 backbone, head, recipe(self.plan.recipe), self.views, self.plan.rate, seed
             )
         return model.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _first_features(self, backbone: nn.Module) -> Tensor:
+        """What the untrained backbone gives for some training images, spread over the data."""
+        total = len(self.data.train)
+        rows = torch.linspace(0, total - 1, min(total, 2048)).long()
+        batches = (self.data.train[r][0] for r in rows.split(512))
+        backbone = copy.deepcopy(backbone).train()  # batch statistics, as in the first step
+        return torch.cat([backbone(self.views.plain(images)) for images in batches])
 
     def _backbone(self, seed: int) -> nn.Module:
         with _seeded(seed):

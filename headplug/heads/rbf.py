@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from headplug.errors import DataError, DimensionError, OptionError
 from headplug.heads.base import ProjectionHead, choose, positive
+from headplug.heads.clustering import TINY, k_means, squared_distances
 from headplug.heads.mlp import Norm, stack
 
-TINY = torch.finfo(torch.float32).tiny
 RADIALS: dict[str, Callable[[Tensor], Tensor]] = {  # of the square of the scaled distance
     "gaussian": lambda s: torch.exp(-s),
     "inverse_quadratic": lambda s: 1 / (1 + s),
@@ -127,10 +127,12 @@ class RBFLayer(nn.Module):
 class RBFHead(ProjectionHead):
     """Linear layers with a network of radial basis functions behind each but the last.
 
-    From arXiv 2606.21590. Its authors recommend three Gaussian RBF layers (`num_layers=4`); their
-    published results do not bear that out, because their Gaussians start at zero (see `RBFLayer`)
-    and stay there: all 72 Gaussian SimCLR runs end at the loss of a constant output. Here one layer
+    From arXiv 2606.21590. Its authors recommend three Gaussian RBF layers (`num_layers=4`). Their
+    published results do not bear that out: all 72 Gaussian SimCLR runs end at the loss of a
+    constant output, as if their kernels start and stay at zero (see `RBFLayer`). Here one layer
     trains from its random start; deeper heads need `init_centers`, and one layer gains from it.
+
+    Weights do not tell `radial` and `normalize`: give those that a checkpoint was trained with.
 
     Args:
         input_dim: Width of the representation.
@@ -140,7 +142,8 @@ class RBFHead(ProjectionHead):
         num_kernels: Centres in every RBF layer; the paper uses 128 to 512.
         radial: gaussian, inverse_quadratic, inverse_multiquadric, multiquadric or thin_plate
             (the authors' "tps").
-        normalize: Whether an RBF layer's kernel values are divided by their sum.
+        normalize: Whether an RBF layer's kernel values are divided by their sum; the authors' code
+            does by default.
         norm: Before every RBF layer: batch, batch_no_affine, layer or none.
         output_norm: After the last layer. The authors' projection head with batch norm has it in
             both places, their prediction head only in the first.
@@ -307,60 +310,6 @@ def scale_normalized_separation(centers: Tensor, sigmas: Tensor) -> Tensor:
     squares = squared_distances(centers, centers) / (scales * features)
     energies = squares * torch.exp(-squares)
     return (energies.sum() - energies.trace()) / (kernels * (kernels - 1))
-
-
-def squared_distances(x: Tensor, centers: Tensor) -> Tensor:
-    """Squared Euclidean distances between `(rows, features)` and `(kernels, features)`.
-
-    Both are shifted by the mean centre, which changes no distance but keeps digits that would
-    cancel where features have an offset.
-
-    Returns:
-        `(rows, kernels)`, never negative.
-
-    >>> squared_distances(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    tensor([[25.,  0.]])
-    """
-    shift = centers.detach().mean(0)
-    x, centers = x - shift, centers - shift
-    squares = x.square().sum(1, keepdim=True) + centers.square().sum(1)
-    return (squares - 2 * x @ centers.T).clamp_min(0)
-
-
-@torch.no_grad()
-def k_means(rows: Tensor, k: int, seed: int = 0, steps: int = 100) -> Tensor:
-    """Centres `(k, features)` by Lloyd's algorithm after k-means++ seeding, on the rows' device.
-
-    A cluster that loses its rows moves to a row that is farthest from its centre. The generator is
-    its own.
-
-    Args:
-        rows: `(rows, features)`, at least k of them, in float32.
-        k: Number of centres.
-        seed: Of the k-means++ draws.
-        steps: Most steps taken; it stops when no row changes its cluster.
-
-    >>> k_means(torch.tensor([[0.0], [1.0], [10.0], [11.0]]), 2).sort(0).values
-    tensor([[ 0.5000],
-            [10.5000]])
-    """
-    noise = torch.Generator(rows.device).manual_seed(seed)
-    chance, chosen = rows.new_ones(len(rows)), []
-    for i in range(k):  # the first of clocks that tick at rates `chance` is a draw with `chance`
-        clock = torch.empty_like(chance).exponential_(generator=noise).clamp_min(TINY)
-        chosen.append((chance / clock).argmax())
-        squares = (rows - rows[chosen[-1]]).square().sum(1)
-        chance = torch.minimum(chance, squares) if i else squares
-    centers, clusters = rows[torch.stack(chosen)], None
-    for _ in range(steps):
-        before, (nearest, clusters) = clusters, squared_distances(rows, centers).min(1)
-        if before is not None and torch.equal(before, clusters):
-            break
-        members = F.one_hot(clusters, k).to(rows)
-        counts = members.sum(0)
-        centers = members.T @ rows / counts.clamp_min(1)[:, None]
-        centers[counts == 0] = rows[nearest.topk(int((counts == 0).sum())).indices]
-    return centers
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ import torch
 from headplug import HeadplugError
 from headplug.compare import Plan, compare
 from headplug.compare.recipes import RECIPES
-from headplug.errors import OptionError, RunError, UnknownNameError
+from headplug.errors import DimensionError, OptionError, RunError, UnknownNameError
 from headplug.files import load_tensors
 
 SMALL = {
@@ -96,7 +96,7 @@ def test_parameter_counts_are_those_of_the_papers_heads(finished):
     assert runs["reweighting"]["head_params_frozen"] == width
     ae = runs["ae_embedding"]
     assert ae["head_params_trainable"] == 256 * 128 + 128
-    assert ae["head_params_frozen"] == width * 256 + 256 + 1  # the mark that it is pretrained
+    assert ae["head_params_frozen"] == width * 256 + 256
 
 
 def test_heads_of_one_seed_start_from_the_same_backbone_and_batches(tmp_path):
@@ -340,3 +340,35 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
     assert "the same command goes on" in err
     assert "Traceback" not in err
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_head_that_does_not_fit_the_backbone_is_refused_before_any_training(tmp_path):
+    plan = Plan(**SMALL, heads=("simclr", "directclr"), out=str(tmp_path / "run"))
+    with pytest.raises(DimensionError, match=r"output_dim=360 .* input_dim=96"):
+        compare(plan, say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prototypes_are_refused_as_a_head(tmp_path):
+    with pytest.raises(OptionError, match="gives list and cannot stand before a loss"):
+        Plan(heads=("deepcluster_v2_prototypes_solo",), out=str(tmp_path))
+
+
+def test_centres_of_an_rbf_head_start_from_the_backbones_features(tmp_path):
+    from headplug.compare.data import load_data
+    from headplug.compare.run import Runner
+
+    plan = Plan(**{**SMALL, "limit": 400}, heads=("rbf",), out=str(tmp_path))
+    runner = Runner(plan, load_data("digits", limit=400))
+    first, again, other = (runner._model(plan.choices[0], seed, None) for seed in (0, 0, 1))
+    state = first.state_dict()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in state.items())
+    assert not torch.equal(
+        state["projection_head.layers.1.kernels_centers"],
+        other.state_dict()["projection_head.layers.1.kernels_centers"],
+    )
+    images = runner.data.train[torch.arange(64)][0]
+    with torch.no_grad():
+        hidden = first.projection_head.layers[0](first.backbone.train()(runner.views.plain(images)))
+        kernels = first.projection_head.layers[1].kernels(hidden)
+    assert kernels.max(1).values.median() > 0.1  # every row is near a centre
