@@ -16,7 +16,7 @@ test: .venv/ready .solo/ready
 # The tests that need a clone of solo-learn main: git clone https://github.com/vturrisi/solo-learn
 test-solo-main: .venv/ready .solo/ready
 	test -d "$(SOLO_LEARN_HOME)/solo" || { echo "set SOLO_LEARN_HOME to a clone of solo-learn"; exit 2; }
-	SOLO_LEARN_HOME=$(SOLO_LEARN_HOME) $(BIN)/python -m pytest tests/solo
+	SOLO_LEARN_HOME=$(SOLO_LEARN_HOME) $(BIN)/python -m pytest tests/solo tests/heads/test_sources.py
 
 check: .venv/ready
 	$(BIN)/ruff format --check

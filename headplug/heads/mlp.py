@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import nn
 
+from headplug.errors import OptionError
 from headplug.heads.base import ACTIVATIONS, ProjectionHead, choose, positive, probability
 from headplug.heads.whitening import IterNorm, Whitening
 
@@ -121,6 +122,11 @@ class MLPHead(ProjectionHead):
         self.output_bias = output_bias
         self.dropout = probability("dropout", dropout)
         self.init = choose("init", init, {"default": "default", "orthogonal": "orthogonal"})
+        if bias not in (None, True, False) or output_bias not in (None, True, False, "frozen"):
+            raise OptionError(
+                f"bias must be True, False or None, and output_bias one of these or 'frozen', not "
+                f"{bias!r} and {output_bias!r}."
+            )
         make_activation = choose("activation", activation, ACTIVATIONS)
         self.layers = stack(
             [input_dim, *[self.hidden_dim] * (num_layers - 1), output_dim],

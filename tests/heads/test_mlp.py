@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ def has_bias(bias: bool | None, norm: str) -> bool:
 def count_by_hand(config: dict[str, Any]) -> int:
     """Weights, whether they train or not."""
     scales = {"batch": 2, "layer": 2, "batch_no_affine": 0, "none": 0}
+    scales |= {"iternorm": 2, "whitening": 0}
     hidden = [config["hidden_dim"]] * (config["num_layers"] - 1)
     widths = [config["input_dim"], *hidden, config["output_dim"]]
     weights = sum(a * b for a, b in itertools.pairwise(widths))
@@ -51,8 +53,11 @@ def count_by_hand(config: dict[str, Any]) -> int:
 
 
 def count(head: nn.Module) -> int:
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    return sum(v.numel() for k, v in head.state_dict().items() if not k.endswith(statistics))
+    statistics = ("running_", "num_batches_tracked")
+    weights = {
+        k: v for k, v in head.state_dict().items() if not k.split(".")[-1].startswith(statistics)
+    }
+    return sum(v.numel() for v in weights.values())
 
 
 def by_hand(head: MLPHead, x: Tensor) -> Any:
@@ -247,3 +252,10 @@ def test_unknown_activation_or_norm_is_refused_even_where_it_has_no_layer(
 def test_widths_and_depth_must_be_positive_integers(option: str, value: Any) -> None:
     with pytest.raises(OptionError, match=f"{option} must be a positive integer, not {value!r}"):
         MLPHead(**{"input_dim": 6, option: value})
+
+
+@pytest.mark.parametrize("option", ["bias", "output_bias"])
+@pytest.mark.parametrize("value", ["forzen", 2, []])
+def test_unknown_bias_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=f"bias must be .* {re.escape(repr(value))}"):
+        MLPHead(6, 4, **{option: value})
