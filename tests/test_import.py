@@ -74,11 +74,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_the_three_packages_whole_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_the_packages_and_the_hydra_plugin_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = f"headplug-{headplug.__version__}.dist-info"
-    assert {n.split("/")[0] for n in names} == {*PACKAGES, info}
+    assert {n.split("/")[0] for n in names} == {*PACKAGES, "hydra_plugins", info}
+    # a namespace package, which other Hydra plugins share
+    assert [n for n in names if n.startswith("hydra_plugins/")] == [
+        "hydra_plugins/headplug_solo_plugin.py"
+    ]
     for package in PACKAGES:
         folder = ROOT / package if package == "headplug" else ROOT / "adapters" / package
         for module in folder.rglob("*.py"):
@@ -94,6 +98,7 @@ def test_wheel_declares_version_command_and_adapters(wheel: Path) -> None:
         metadata = message_from_string(archive.read(f"{info}/METADATA").decode())
     assert metadata["Version"] == headplug.__version__
     assert "headplug = headplug.cli:main" in points
+    assert "headplug-solo = headplug_solo.launch:main" in points
     assert "[headplug.adapters]\nlightly = headplug_lightly:adapter\n" in points
     assert "solo = headplug_solo:adapter" in points
 

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headplug.errors import OptionError, unknown
-from headplug.heads import list_heads
+from headplug.checkpoints import read_embedding
+from headplug.errors import HeadplugError, OptionError, unknown
+from headplug.heads import AEEmbeddingHead, describe_head, list_heads
 
 KEY = "headplug"
 KEYS = ("head", "slot", "weights_sha256")
@@ -105,6 +106,16 @@ def differences(one: Block, other: Block) -> list[str]:
     return [f"{k}: {a!r} and {b!r}" for k, (a, b) in pairs.items() if a != b]
 
 
+def merged(block: Block, other: Block) -> Block:
+    """One block with another's options over its own, at every level.
+
+    >>> merged({"head": {"name": "byol", "output_dim": 8}}, {"head": {"output_dim": 16}})
+    {'head': {'name': 'byol', 'output_dim': 16}}
+    """
+    both = [k for k in other if isinstance(block.get(k), dict) and isinstance(other[k], dict)]
+    return {**block, **other, **{k: merged(block[k], other[k]) for k in both}}
+
+
 def _refuse_misspelt(config: Any) -> None:
     """Refuses keys that look like `headplug` and would be ignored, and `headplug` elsewhere."""
     for key in config:
@@ -154,18 +165,40 @@ def _checked(block: Any, loading: bool) -> Block:
     if loading:
         head.pop("weights", None)
     elif isinstance(head.get("weights"), str):
-        path = _start() / Path(head["weights"]).expanduser()
-        head["weights"] = str(path)
-        checked["weights_sha256"] = _digest(path, block.get("weights_sha256"))
+        path = (_start() / Path(head["weights"]).expanduser()).resolve()
+        if _is_for_others(path, head["name"]):
+            print(f"headplug: {path} is an autoencoder's and not used for {head['name']!r}.")
+            del head["weights"]
+        else:
+            head["weights"] = str(path)
+            checked["weights_sha256"] = _digest(path, block.get("weights_sha256"))
     return checked
+
+
+def hydra_config() -> Any:
+    """What Hydra knows of the job that it runs; None where it runs none."""
+    module = sys.modules.get("hydra.core.hydra_config")
+    return module.HydraConfig.get() if module and module.HydraConfig.initialized() else None
 
 
 def _start() -> Path:
     """The directory that the user started from, which Hydra may have left (`hydra.job.chdir`)."""
-    module = sys.modules.get("hydra.core.hydra_config")
-    if module is not None and module.HydraConfig.initialized():
-        return Path(module.HydraConfig.get().runtime.cwd)
-    return Path.cwd()
+    job = hydra_config()
+    return Path(job.runtime.cwd) if job else Path.cwd()
+
+
+def _is_for_others(path: Path, name: str) -> bool:
+    """Whether a sweep gives an autoencoder to all its heads, and this one cannot take it."""
+    job = hydra_config()
+    if job is None or job.mode is None or job.mode.name != "MULTIRUN":
+        return False
+    if describe_head(name).builder is AEEmbeddingHead:
+        return False
+    try:
+        read_embedding(path)
+    except HeadplugError:
+        return False
+    return True
 
 
 def _digest(path: Path, expected: Any) -> str | None:

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from headplug.errors import HeadplugError, OptionError, UnknownNameError
-from headplug_solo.config import ENVIRONMENT
+from headplug_solo.config import ENVIRONMENT, merged
 from headplug_solo.patch import arm, swapped
 
 SCRIPT = "HEADPLUG_SOLO_SCRIPT"
@@ -138,17 +138,8 @@ def _block(items: Sequence[str]) -> dict[str, Any]:
             new = {key: new}
         if not isinstance(new, dict):
             raise OptionError(f"--headplug {item} must hold a block such as `head: {{name: ...}}`.")
-        block = _merged(block, new)
+        block = merged(block, new)
     return block
-
-
-def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(v, new[k]) for k, v in old.items() if _both_dicts(v, new.get(k))}
-    return {**old, **new, **both}
-
-
-def _both_dicts(old: Any, new: Any) -> bool:
-    return isinstance(old, dict) and isinstance(new, dict)
 
 
 def _refuse_idle(script: str) -> None:

@@ -11,14 +11,22 @@ import functools
 import inspect
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
 from headplug.errors import CheckpointError, HeadplugError
 from headplug.swap import swap_head
-from headplug_solo.config import EXAMPLE, KEY, Block, differences, read_block, record
+from headplug_solo.config import (
+    EXAMPLE,
+    KEY,
+    Block,
+    differences,
+    hydra_config,
+    merged,
+    read_block,
+    record,
+)
 
 KNN = (
     "solo-learn's kNN classifier does not run on torchmetrics 0.12 or newer, with or without "
@@ -84,7 +92,8 @@ def _adopt(cls: Any) -> None:
         if type(self) is cls and given is not None and (given.get("knn_eval") or {}).get("enabled"):
             _check_knn()
         init(self, *args, **kwargs)
-        if type(self) is cls:  # else a subclass, which goes on constructing
+        # a subclass goes on constructing; a model that is loaded takes its checkpoint's head
+        if type(self) is cls and not _loading.get():
             _swap_configured(self, getattr(self, "cfg", given))
 
     @functools.wraps(save)
@@ -110,15 +119,17 @@ def _adopt(cls: Any) -> None:
 
 def _swap_configured(model: Any, config: Any) -> None:
     try:
-        block = read_block(config, loading=_loading.get())
+        block = read_block(config)
         if block is not None:
             _swap(model, block, config)
     except HeadplugError as error:
         raise _brief(error) from None
 
 
-def _swap(model: Any, block: Block, config: Any = None) -> None:
-    swap = swap_head(model, block["head"], slot=block.get("slot"))
+def _swap(model: Any, block: Block, config: Any) -> None:
+    loaded = ("weights",) if _loading.get() else ()  # the checkpoint brings them
+    head = {k: v for k, v in block["head"].items() if k not in loaded}
+    swap = swap_head(model, head, slot=block.get("slot"))
     if not _loading.get() and not getattr(swap.head, "pretrained", True):
         width, out = swap.head.input_dim, swap.head.embedding_dim
         raise HeadplugError(
@@ -139,28 +150,30 @@ def _swap(model: Any, block: Block, config: Any = None) -> None:
 
 def _check_checkpoint(model: Any, checkpoint: Mapping[str, Any]) -> None:
     """Refuses to mix the weights of different heads; makes the head that a loaded model lacks."""
-    theirs, ours = checkpoint.get(KEY), vars(model).get(KEY)
-    if theirs is None and ours is None:
+    theirs, config = checkpoint.get(KEY), getattr(model, "cfg", None)
+    asked: Any = read_block(config, loading=True) if _loading.get() else vars(model).get(KEY)
+    if theirs is None and asked is None:
         return
-    if ours is None and _loading.get():
-        _swap(model, {k: v for k, v in dict(theirs or {}).items() if k != "weights_sha256"})
-        model.headplug = ours = theirs
     if theirs is None:
         raise CheckpointError(
-            f"the checkpoint has solo-learn's own head, this run asks for {ours['head']['name']!r}."
-            " Take the block `headplug:` out, or start from another checkpoint."
+            f"the checkpoint has solo-learn's own head, this run asks for {asked['head']['name']!r}"
+            ". Take the block `headplug:` out, or start from another checkpoint."
         )
-    if ours is None:
+    if asked is None and not _loading.get():
         raise CheckpointError(
             f"the checkpoint has the head {theirs['head']['name']!r}, this run asks for none. Add "
             f"the block `headplug:` that its args.json shows, e.g. {EXAMPLE}."
         )
-    if unlike := differences(theirs, ours):
+    if _loading.get():  # what is asked for may leave options out
+        asked = merged(theirs, asked or {})
+    if unlike := differences(theirs, asked):
         raise CheckpointError(
             "the checkpoint has another head than this run asks for (there and here): "
             f"{'; '.join(unlike)}. Ask for the same head, or start from another checkpoint."
         )
-    _check_weights(model, checkpoint["state_dict"], ours["slot"])
+    if _loading.get():
+        _swap(model, theirs, config)
+    _check_weights(model, checkpoint["state_dict"], theirs["slot"])
 
 
 def _check_weights(model: Any, state: Mapping[str, Any], slot: str) -> None:
@@ -184,13 +197,12 @@ def _check_knn() -> None:
         WeightedKNNClassifier()
     except (TypeError, ValueError) as error:
         if "compute_on_step" in str(error):
-            warnings.warn(KNN, stacklevel=2)
+            print(f"headplug: {KNN}", file=sys.stderr)
 
 
 def _brief(error: HeadplugError) -> HeadplugError:
     """The same error, of a kind that a running Hydra prints without a traceback."""
-    config = sys.modules.get("hydra.core.hydra_config")
-    if config is None or not config.HydraConfig.initialized():
+    if hydra_config() is None:
         return error.with_traceback(None)
     from hydra.errors import CompactHydraException
 

@@ -1,0 +1,646 @@
+"""The head in a solo-learn config: real runs of solo-learn's own scripts.
+
+Each run is a process, since that is what is under test: Hydra's plugins, Lightning's other ranks,
+`headplug-solo`. Several tests look at one run. The runs train on a handful of random images. This
+file is also the script that some of them run: `test_config_route.py GROUP FOLDER`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERLAY = ROOT / ".solo"
+CLONE = os.environ.get("SOLO_LEARN_HOME", "")
+CIFAR = Path("scripts", "pretrain", "cifar")
+H, AE, O = 512, 12, 8  # noqa: E741 - widths: features, embedding, projection
+
+needs_release = pytest.mark.skipif(
+    not (OVERLAY / "solo").is_dir(),
+    reason="solo-learn 1.0.2 is not in .solo; `make .solo/ready` (part of `make test`) puts it "
+    "there",
+)
+needs_main = pytest.mark.skipif(
+    not (Path(CLONE) / "solo").is_dir() or not CLONE,
+    reason="set SOLO_LEARN_HOME to a clone of solo-learn main: "
+    "git clone https://github.com/vturrisi/solo-learn",
+)
+
+# What a user's machine has and this one lacks (a GPU, torchmetrics < 0.12), the same random state
+# at the start of every epoch, and a record of what each rank trained.
+SHIM = """
+import atexit, gc, json, os, sys
+if os.environ.get("WITHOUT_HEADPLUG"):
+    sys.path[:] = [p for p in sys.path if not p.endswith("adapters")]
+class Late:
+    def find_spec(self, name, path=None, target=None):
+        if name == "solo":
+            sys.meta_path.remove(self)
+            import random, numpy, torch, torchmetrics.metric
+            torch.Tensor.cuda = lambda self, *_, **__: self
+            init = torchmetrics.metric.Metric.__init__
+            def without(self, compute_on_step=None, **k): init(self, **k)
+            if not os.environ.get("NEW_TORCHMETRICS"):
+                torchmetrics.metric.Metric.__init__ = without
+            iterate = torch.utils.data.DataLoader.__iter__
+            def seeded(self):
+                torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
+                return iterate(self)
+            torch.utils.data.DataLoader.__iter__ = seeded
+            if "RECORD" in os.environ:
+                atexit.register(record)
+        return None
+def record():
+    import torch
+    rank = os.environ.get("LOCAL_RANK", "0")
+    models = [o for o in gc.get_objects() if hasattr(type(o), "momentum_pairs")
+              or hasattr(type(o), "learnable_params")]
+    state = {k: [str(type(m.projector).__name__), float(sum(p.double().sum() for p in
+             m.projector.parameters()))] for m in models for k in [type(m).__name__]}
+    with open(os.path.join(os.environ["RECORD"], rank + ".json"), "w") as file:
+        json.dump({"argv": sys.argv[:1], "heads": state}, file)
+sys.meta_path.insert(0, Late())
+"""
+
+
+class Work:
+    """A folder with images, an autoencoder and what runs leave, and the means to start them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        generator = torch.Generator().manual_seed(0)
+        save_images(folder)
+        self.embedding = torch.randn(AE, H, generator=generator) / 20
+        torch.save({"embedding.weight": self.embedding, "embedding.bias": torch.zeros(AE)},
+                   folder / "ae.pt")  # fmt: skip
+        (folder / "shim").mkdir()
+        (folder / "shim" / "sitecustomize.py").write_text(SHIM)
+
+    def run(self, *command: str, **environment: str) -> Any:
+        paths = [self.folder / "shim", ROOT, ROOT / "adapters"]
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+                "PYTHONWARNINGS": "ignore",
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+
+    def pretrain(
+        self,
+        name: str,
+        out: str,
+        *options: str,
+        launch: tuple[str, ...] = (),
+        configs: Path = CIFAR,
+        devices: int = 1,
+        fails: bool = False,
+        **environment: str,
+    ) -> Any:
+        """One run of main_pretrain.py with the overrides that a small machine needs."""
+        done = self.run(
+            *launch,
+            str(Path(CLONE, "main_pretrain.py")),
+            *("--config-path", str(configs), "--config-name", f"{name}.yaml"),
+            *[o for o in options if o.startswith("--")],
+            *("data.dataset=custom", "data.num_workers=0", "optimizer.batch_size=8"),
+            *(f"data.train_path={self.folder / 'train'}", f"data.val_path={self.folder / 'val'}"),
+            *("accelerator=cpu", "precision=32", "sync_batchnorm=False", "wandb.enabled=False"),
+            *(f"devices='{devices}'", f"strategy={'ddp' if devices > 1 else 'auto'}"),
+            *("method_kwargs.proj_hidden_dim=16", f"method_kwargs.proj_output_dim={O}"),
+            *("max_epochs=1", f"checkpoint.dir={self.folder / out}", "+enable_progress_bar=False"),
+            *("+limit_train_batches=2", "+limit_val_batches=1", "+num_sanity_val_steps=0"),
+            *("+enable_model_summary=False", "auto_resume.enabled=False"),
+            *[o for o in options if not o.startswith("--")],
+            **environment,
+        )
+        assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
+        return done
+
+    def read(self, out: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """args.json and the last checkpoint of every run under a folder, oldest first."""
+        found = sorted((self.folder / out).glob("*/*/args.json"), key=os.path.getmtime)
+        return [
+            (json.loads(a.read_text()), torch.load(last(a.parent), weights_only=True))
+            for a in found
+        ]
+
+    def records(self, out: str) -> list[dict[str, Any]]:
+        """What the ranks of a run wrote at their end."""
+        files = sorted((self.folder / out).glob("*.json"))
+        return [json.loads(f.read_text()) for f in files]
+
+
+def last(folder: Path) -> Path:
+    return max(folder.glob("*.ckpt"), key=os.path.getmtime)
+
+
+def save_images(folder: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for split, label, i in [
+        (s, c, i) for s in ("train", "val") for c in range(5) for i in range(4)
+    ]:
+        path = folder / split / f"class{label}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[Work]:
+    with tempfile.TemporaryDirectory() as folder:  # gigabytes of checkpoints: nothing is kept
+        yield Work(Path(folder).resolve())
+
+
+@pytest.fixture(scope="module")
+def sweep(work: Work) -> Any:
+    """Two heads in one sweep of the group, which gives the autoencoder to both."""
+    done = work.pretrain(
+        "simclr", "sweep", "--multirun", "+headplug=ae_embedding,reweighting",
+        "+headplug.head.weights=ae.pt", "auto_resume.enabled=True",
+    )  # fmt: skip
+    return done, work.read("sweep")
+
+
+@pytest.fixture(scope="module")
+def stock(work: Work, sweep: Any) -> Any:
+    """Plain solo-learn in the folder of the sweep, with and without headplug installed."""
+    done = work.pretrain("simclr", "sweep", "auto_resume.enabled=True")
+    work.pretrain("simclr", "plain", WITHOUT_HEADPLUG="1")
+    return done, work.read("sweep")[-1], work.read("plain")[-1]
+
+
+@needs_main
+@pytest.mark.slow
+def test_the_group_brings_heads_also_when_it_is_swept(work: Work, sweep: Any) -> None:
+    done, ((_, first), (_, second)) = sweep
+    assert "becomes ae_embedding (512 > 8)" in done.stdout
+    assert "becomes reweighting (512 > 512)" in done.stdout
+    assert torch.equal(first["state_dict"]["projector.layers.embedding.weight"], work.embedding)
+    assert [k for k in second["state_dict"] if "projector" in k] == ["projector.reweights"]
+    assert "is an autoencoder's and not used for 'reweighting'" in done.stdout
+
+
+@needs_main
+@pytest.mark.slow
+def test_the_whole_head_is_in_args_json_and_in_the_checkpoint(work: Work, sweep: Any) -> None:
+    from headplug import create_head
+
+    _, runs = sweep
+    (block, other) = (args["headplug"] for args, _ in runs)
+    assert [block, other] == [checkpoint["headplug"] for _, checkpoint in runs]
+    assert block["slot"] == "projector"
+    assert block["head"].items() >= {
+        "name": "ae_embedding", "input_dim": H, "output_dim": O, "embedding_dim": AE,
+        "activation": "tanh", "weights": str(work.folder / "ae.pt"),
+    }.items()  # fmt: skip
+    assert other["head"] == create_head("reweighting", input_dim=H).config
+
+
+@needs_main
+@pytest.mark.slow
+def test_no_run_resumes_one_with_another_head(sweep: Any, stock: Any) -> None:
+    assert "Resuming" not in sweep[0].stdout  # reweighting, after ae_embedding
+    assert "Resuming" not in stock[0].stdout  # stock, after both
+
+
+@needs_main
+@pytest.mark.slow
+def test_a_stock_run_is_the_same_to_the_bit_with_headplug(stock: Any) -> None:
+    _, (args, ours), (plain_args, plain) = stock
+    apart = dict.fromkeys(("checkpoint", "auto_resume", "wandb_run_id"))
+    assert {**args, **apart} == {**plain_args, **apart}
+    assert ours.keys() == plain.keys()
+    assert ours["state_dict"].keys() == plain["state_dict"].keys()
+    for key, value in plain["state_dict"].items():
+        assert torch.equal(ours["state_dict"][key], value), key
+    (one,), (other,) = ours["optimizer_states"], plain["optimizer_states"]
+    assert one["param_groups"] == other["param_groups"]
+    for i, state in other["state"].items():
+        assert torch.equal(one["state"][i]["momentum_buffer"], state["momentum_buffer"])
+
+
+@needs_main
+@pytest.mark.slow
+def test_a_resumed_run_ends_like_one_that_was_not_interrupted(work: Work) -> None:
+    head = ("+headplug=ae_embedding", "headplug.head.weights=ae.pt")
+    options = ("auto_resume.enabled=True", "max_epochs=2", "+checkpoint.keep_prev=True")
+    work.pretrain("simclr", "through", *head, *options)
+    (whole,) = (work.folder / "through" / "simclr").iterdir()
+    part = work.folder / "resumed" / "simclr" / "part"
+    shutil.copytree(whole, part, ignore=shutil.ignore_patterns("*-ep=1.ckpt"))
+    done = work.pretrain("simclr", "resumed", *head, *options)
+    assert "Resuming from previous checkpoint" in done.stdout
+    ((_, resumed),) = (r for r in work.read("resumed") if r[1]["epoch"] == 1)
+    through = torch.load(last(whole), weights_only=True)
+    for key, value in through["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][key], value), key
+    again = f"+resume_from_checkpoint='{last(part)}'"
+    done = work.pretrain("simclr", "no", again, "+headplug=reweighting", fails=True)
+    assert "the checkpoint has another head than this run asks for" in done.stderr
+    assert "name: 'ae_embedding' and 'reweighting'" in done.stderr
+
+
+@needs_main
+@pytest.mark.slow
+def test_every_rank_that_lightning_starts_is_swapped(work: Work) -> None:
+    (work.folder / "ranks").mkdir()
+    head = ("+headplug=ae_embedding", "headplug.head.weights=ae.pt")
+    small = ("method_kwargs.pred_hidden_dim=16", "hydra.job.chdir=True", "hydra.run.dir=elsewhere")
+    done = work.pretrain(
+        "byol", "byol", *head, *small, devices=2, RECORD=str(work.folder / "ranks")
+    )  # fmt: skip
+    assert done.stdout.count("becomes ae_embedding") == 1  # said once
+    ranks = [r["heads"]["BYOL"] for r in work.records("ranks")]
+    assert len(ranks) == 2
+    assert ranks[0][0] == "AEEmbeddingHead"
+    assert ranks[0] == ranks[1]  # the trained weights too
+    ((_, checkpoint),) = work.read("byol")
+    for head_path in ("projector", "momentum_projector"):
+        weight = checkpoint["state_dict"][f"{head_path}.layers.embedding.weight"]
+        assert torch.equal(weight, work.embedding)
+
+
+@needs_main
+@pytest.mark.slow
+def test_the_block_in_a_yaml_file_works_under_torchrun_and_the_launcher(work: Work) -> None:
+    (work.folder / "torchrun").mkdir()
+    configs = work.folder / "cifar"
+    shutil.copytree(Path(CLONE) / CIFAR, configs)
+    with (configs / "nnclr.yaml").open("a") as file:
+        file.write(f"headplug:\n  head: {{name: ae_embedding, weights: {work.folder}/ae.pt}}\n")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    small = ("method_kwargs.queue_size=16", "method_kwargs.pred_hidden_dim=16")
+    work.pretrain(
+        "nnclr", "nnclr", *small, configs=configs, devices=2,
+        launch=(*launch, "-m", "headplug_solo"), RECORD=str(work.folder / "torchrun"),
+    )  # fmt: skip
+    ranks = [r["heads"]["NNCLR"] for r in work.records("torchrun")]
+    assert [name for name, _ in ranks] == ["AEEmbeddingHead"] * 2
+    ((args, _),) = work.read("nnclr")
+    assert args["headplug"]["head"]["name"] == "ae_embedding"
+
+
+@needs_main
+@pytest.mark.slow
+def test_a_misspelt_key_stops_the_run_with_one_sentence(work: Work) -> None:
+    done = work.pretrain("simclr", "misspelt", "+headplug.haed=reweighting", fails=True)
+    assert "no key under `headplug:` is called 'haed'. Closest: head." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (work.folder / "misspelt").exists()
+
+
+@needs_main
+@pytest.mark.slow
+def test_main_knn_sees_the_trained_projector_through_the_launcher(work: Work, sweep: Any) -> None:
+    folder = knn_folder(work)
+    arguments = (
+        str(Path(CLONE, "main_knn.py")), "--pretrained_checkpoint_dir", str(folder),
+        "--dataset", "custom",
+        "--train_data_path", str(work.folder / "train"), "--num_workers", "0",
+        "--val_data_path", str(work.folder / "val"), "--feature_type", "projector",
+        "--k", "2", "--temperature", "0.1", "--distance_function", "cosine",
+    )  # fmt: skip
+    done = work.run("-m", "headplug_solo", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "becomes ae_embedding (512 > 8)" in done.stdout
+    assert "acc@1=" in done.stdout
+    done = work.run("-m", "headplug_solo", *arguments, NEW_TORCHMETRICS="1")
+    assert "pip install 'torchmetrics<0.12'" in done.stderr
+
+
+def knn_folder(work: Work) -> Path:
+    """The AE run of the sweep, whose autoencoder is gone."""
+    (run,) = (
+        a.parent
+        for a in (work.folder / "sweep").glob("*/*/args.json")
+        if "ae_embedding" in a.read_text()
+    )
+    folder = work.folder / "knn"
+    if not folder.exists():
+        shutil.copytree(run, folder)
+        args = (folder / "args.json").read_text()
+        (folder / "args.json").write_text(args.replace(f"{work.folder}/ae.pt", "/gone/ae.pt"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loads(work: Work, sweep: Any) -> dict[str, Any]:
+    paths = paths_with(work, CLONE)
+    folder = str(knn_folder(work))
+    done = work.run("-m", "headplug_solo", __file__, "loads", folder, PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def paths_with(work: Work, solo: Path | str) -> str:
+    folders = [work.folder / "shim", solo, ROOT, ROOT / "adapters"]
+    return os.pathsep.join(map(str, folders))
+
+
+@needs_main
+@pytest.mark.slow
+def test_a_loaded_projector_is_the_checkpoints(loads: dict[str, Any]) -> None:
+    assert loads["loaded"] == "equal"
+    assert loads["without a block in args.json"] == "equal"
+    assert loads["pickled"] == "equal"
+
+
+@needs_main
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_is_refused(loads: dict[str, Any]) -> None:
+    assert "'projector.layers.output.weight' has shape None" in loads["key missing"]
+    assert "activation: 'tanh' and 'relu'" in loads["other head"]
+    assert "the checkpoint has solo-learn's own head" in loads["stock"]
+
+
+@needs_main
+@pytest.mark.slow
+def test_a_swap_leaves_backbone_and_random_state_as_they_are(loads: dict[str, Any]) -> None:
+    assert loads["same backbone"]
+    assert loads["same random state"]
+    assert loads["own subclass"] == "ReweightingHead"
+    assert loads["main module"] == ["__main__", True, "loads"]
+    assert "it trains a classifier and has no projector" in loads["linear"]
+
+
+@needs_release
+@pytest.mark.slow
+def test_the_release_takes_its_block_from_the_command_line_on_every_rank(work: Work) -> None:
+    (work.folder / "release").mkdir()
+    block = work.folder / "head.yaml"
+    block.write_text("headplug:\n  head: {name: ae_embedding, weights: ae.pt}\n")
+    done = work.run(
+        "-m", "headplug_solo", "--headplug", str(block), "--headplug=head.activation=relu",
+        __file__, "release", str(work.folder),
+        PYTHONPATH=paths_with(work, OVERLAY), RECORD=str(work.folder / "release"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ranks = [r["heads"]["SimCLR"] for r in work.records("release")]
+    assert len(ranks) == 2
+    assert ranks[0][0] == "AEEmbeddingHead"
+    assert ranks[0] == ranks[1]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["head"]["activation"] == "relu"
+    assert found["loaded"] == "equal"
+
+
+def test_other_hydra_applications_are_left_alone(work: Work) -> None:
+    app = work.folder / "app.py"
+    app.write_text(
+        "import hydra, sys\n"
+        "@hydra.main(version_base='1.2', config_path=None)\n"
+        "def main(cfg):\n"
+        "    heavy = {'torch', 'headplug', 'headplug_solo'} & set(sys.modules)\n"
+        "    print(cfg, sorted(heavy), sys.argv)\n"
+        "main()\n"
+    )
+    for options in (("+a=1",), ("--info", "searchpath"), ("--help",), ("+headplug=reweighting",)):
+        with_plugin, without = (
+            work.run(str(app), *options, WITHOUT_HEADPLUG=off) for off in ("", "1")
+        )
+        assert with_plugin.returncode == without.returncode
+        assert with_plugin.stdout == without.stdout
+    assert with_plugin.stdout.startswith("{'headplug': 'reweighting'} []")  # a word like any other
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"headplg": {"head": "byol"}}, "the config has the key 'headplg'"),
+        ({"HeadPlug": {"head": "byol"}}, "write `headplug:`"),
+        ({"method_kwargs": {"headplug": {}}}, "stands under `method_kwargs:`"),
+        ({"headplug": {"haed": "byol"}}, "Closest: head."),
+        ({"headplug": {"name": "byol"}}, "stand under `head:`"),
+        ({"headplug": {}}, "must say which head"),
+        ({"headplug": {"head": {"kappa": 2}}}, "a block with `name:`"),
+        ({"headplug": "byol"}, "must hold a block, not 'byol'"),
+        ({"headplug": {"head": "byol", "slot": 3}}, "must be the path of a module"),
+        ({"headplug": {"head": {"name": "???"}}}, "cannot be read"),
+        ({"headplug": {"head": {"name": "${nowhere}"}}}, "cannot be read"),
+        ({"headplug": {"head": {"name": "byol", "weights": "ae.pt"}, "weights_sha256": "0"}},
+         "is not the file that the config was written for"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_block_are_named(
+    config: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headplug_solo.config import read_block
+    from omegaconf import OmegaConf
+
+    from headplug.errors import HeadplugError
+
+    monkeypatch.chdir(tmp_path)
+    Path("ae.pt").write_bytes(b"weights")
+    with pytest.raises(HeadplugError) as caught:
+        read_block(OmegaConf.create(config))
+    assert words in str(caught.value)
+
+
+def test_a_block_is_read_with_its_weights_from_where_the_user_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headplug_solo.config import ENVIRONMENT, read_block
+    from omegaconf import OmegaConf
+
+    monkeypatch.chdir(tmp_path)
+    Path("ae.pt").write_bytes(b"weights")
+    config = OmegaConf.create(
+        {"file": "ae.pt", "headplug": {"head": {"name": "ae_embedding", "weights": "${file}"}}}
+    )
+    block = read_block(config)
+    assert block is not None
+    assert block["head"]["weights"] == str(tmp_path / "ae.pt")
+    assert len(block["weights_sha256"]) == 64
+    assert read_block(config, loading=True) == {"head": {"name": "ae_embedding"}}
+    assert read_block(OmegaConf.create({"headplug": None, "head": 1})) is None
+    assert read_block(None) is None
+    monkeypatch.setenv(ENVIRONMENT, json.dumps({"head": "byol"}))
+    assert read_block(None) == {"head": {"name": "byol"}}
+    with pytest.raises(ValueError, match="Leave --headplug out"):
+        read_block(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "usage: headplug-solo"),
+        (["--help"], 0, "usage: headplug-solo"),
+        (["no.py"], 2, "there is no script 'no.py'"),
+        (["--headplug"], 2, "--headplug needs a value"),
+        (["--headplug", "no.yaml", __file__], 2, "there is no such file"),
+        (["--headplug", "head={", __file__], 2, "cannot be read"),
+        ([__file__, "--headplug=head: byol"], 2, "there is no such file"),
+    ],
+)
+def test_the_launcher_says_what_to_type(
+    arguments: list[str],
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from headplug_solo.launch import main
+
+    monkeypatch.setattr(sys, "argv", ["headplug-solo", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == code
+    assert words in "".join(capsys.readouterr())
+
+
+def test_a_script_under_the_launcher_is_the_main_module(work: Work) -> None:
+    script = work.folder / "s.py"
+    script.write_text(
+        "import os, sys\n"
+        "print(sys.argv, __name__, sys.path[0] == os.path.dirname(os.path.realpath(__file__)))\n"
+    )
+    done = work.run("-m", "headplug_solo", "s.py", "--a", "b")
+    assert (done.returncode, done.stdout) == (0, "['s.py', '--a', 'b'] __main__ True\n")
+    done = work.run("-m", "headplug_solo", "--headplug=head=byol", "s.py")
+    assert done.returncode == 2
+    assert "s.py made no solo-learn method, so --headplug changed nothing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# the scripts
+
+
+def attempt(load: Any, expected: dict[str, Any]) -> str:
+    """ "equal", or what the refusal says."""
+    from headplug.errors import HeadplugError
+
+    try:
+        state = load().projector.state_dict()
+    except HeadplugError as error:
+        return str(error)
+    theirs = {k.removeprefix("projector."): v for k, v in expected.items() if "projector." in k}
+    same = state.keys() == theirs.keys() and all(torch.equal(state[k], theirs[k]) for k in state)
+    return "equal" if same else "unequal"
+
+
+def script_loads(folder: Path) -> dict[str, Any]:
+    """What main_knn.py and main_umap.py do first, and what can go wrong there."""
+    import numpy as np
+    from omegaconf import OmegaConf
+    from solo.methods import METHODS
+    from solo.methods.simclr import SimCLR
+
+    args = json.loads((folder / "args.json").read_text())
+    checkpoint = torch.load(next(folder.glob("*.ckpt")), weights_only=True)
+    state = checkpoint["state_dict"]
+    bare = {k: v for k, v in args.items() if k != "headplug"}
+
+    def load(args: Any, **changes: Any) -> Any:
+        torch.save({**checkpoint, **changes}, folder / "changed.tmp")
+        config = OmegaConf.create(copy.deepcopy(args))
+        path = folder / "changed.tmp"
+        return METHODS["simclr"].load_from_checkpoint(path, strict=False, cfg=config)
+
+    other = copy.deepcopy(args)
+    other["headplug"]["head"]["activation"] = "relu"
+    missing = {k: v for k, v in state.items() if k != "projector.layers.output.weight"}
+    found: dict[str, Any] = {
+        "main module": [__name__, sys.modules["__main__"].run_script is run_script, sys.argv[1]],
+        "loaded": attempt(lambda: load(args), state),
+        "without a block in args.json": attempt(lambda: load(bare), state),
+        "pickled": attempt(lambda: pickle.loads(pickle.dumps(load(args))), state),
+        "key missing": attempt(lambda: load(args, state_dict=missing), state),
+        "other head": attempt(lambda: load(other), state),
+        "stock": attempt(lambda: load(args, headplug=None), state),
+    }
+
+    class Own(SimCLR):  # type: ignore[misc]
+        """A user's subclass, made after everything else."""
+
+    def build(cls: Any, block: Any) -> tuple[Any, list[Any]]:
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        config = OmegaConf.create({**copy.deepcopy(bare), "headplug": block})
+        model = cls(config)
+        return model, [torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)]
+
+    stock, before = build(SimCLR, None)
+    swapped, after = build(Own, {"head": "reweighting"})
+    found["own subclass"] = type(swapped.projector).__name__
+    found["same random state"] = (
+        torch.equal(before[0], after[0])
+        and before[1] == after[1]
+        and str(before[2]) == str(after[2])
+    )
+    theirs = stock.backbone.state_dict()
+    found["same backbone"] = all(
+        torch.equal(v, theirs[k]) for k, v in swapped.backbone.state_dict().items()
+    )
+    linear = OmegaConf.create({**bare, "headplug": {"head": "reweighting"}})
+    found["linear"] = attempt(lambda: METHODS["linear"](stock.backbone, cfg=linear), {})
+    return found
+
+
+def script_release(folder: Path) -> dict[str, Any]:
+    """A user's training script for release 1.0.2, on two processes."""
+    import pytorch_lightning as pl
+    from solo.methods import METHODS
+
+    arguments: dict[str, Any] = {
+        "encoder": "resnet18", "num_classes": 5, "max_epochs": 1, "batch_size": 4,
+        "backbone_args": {"cifar": True, "zero_init_residual": False}, "optimizer": "sgd",
+        "lars": False, "lr": 0.1, "weight_decay": 0.0, "classifier_lr": 0.1,
+        "exclude_bias_n_norm": False, "accumulate_grad_batches": 1,
+        "extra_optimizer_args": {"momentum": 0.9}, "scheduler": "none", "min_lr": 0.0,
+        "warmup_start_lr": 0.0, "warmup_epochs": 0, "num_large_crops": 2, "num_small_crops": 0,
+        "proj_hidden_dim": 16, "proj_output_dim": O, "temperature": 0.2,
+    }  # fmt: skip
+    pl.seed_everything(0)
+    model = METHODS["simclr"](**arguments)
+    views = torch.rand(16, 2, 3, 8, 8)
+    data = [(i, list(x), i % 5) for i, x in enumerate(views)]
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_false",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4))  # type: ignore[arg-type]
+    path = folder / "release.ckpt"
+    trainer.save_checkpoint(path)
+    if trainer.global_rank:
+        return {}
+    (folder / "ae.pt").rename(folder / "ae.gone")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    model_class = METHODS["simclr"]
+    loaded = attempt(lambda: model_class.load_from_checkpoint(path, **arguments), state)
+    (folder / "ae.gone").rename(folder / "ae.pt")
+    return {"head": model.headplug["head"], "loaded": loaded}
+
+
+def run_script(group: str, folder: str) -> None:
+    scripts = {"loads": script_loads, "release": script_release}
+    print(json.dumps(scripts[group](Path(folder))), flush=True)
+
+
+if __name__ == "__main__":
+    run_script(*sys.argv[1:])
