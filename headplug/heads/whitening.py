@@ -137,7 +137,7 @@ class Whitening(_Decorrelation):
             covariance = self.running_covariance.to(centred.dtype)
             factor = self.factor(covariance, "with its running statistics")
         z: Tensor = torch.linalg.solve_triangular(factor, centred.T, upper=False)
-        return z.T.contiguous()
+        return z.T.clone(memory_format=torch.contiguous_format)  # no view: hooks may follow
 
     def factor(self, covariance: Tensor, what: str) -> Tensor:
         """The lower Cholesky factor of a covariance, mixed with the identity.

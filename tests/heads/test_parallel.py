@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -119,8 +120,6 @@ def train(
 
 def ddp(head: nn.Module, rank: int, device: str = "cpu") -> Outcome:
     """DDP with an EMA twin, as in BYOL, MoCo and DINO."""
-    from lightly.models.utils import update_momentum
-
     x, y = (t[:, rank].to(device) for t in batches(head))
     model = DistributedDataParallel(wrap(head).to(device), find_unused_parameters=False)
     twin = copy.deepcopy(head).requires_grad_(False)
@@ -130,12 +129,11 @@ def ddp(head: nn.Module, rank: int, device: str = "cpu") -> Outcome:
             update_momentum(head, twin, m=0.9)
 
     gradients = train(model, [[part] for part in zip(x, y, strict=True)], follow)
-    z = whole(model.eval()(x[0]))  # brings the buffers of rank 0 to all
+    model.eval()(x[0])  # brings the buffers of rank 0 to all
     return {
         "gradients": {n.removeprefix("module."): g.cpu() for n, g in gradients.items()},
         "state": {k: v.cpu() for k, v in model.module.state_dict().items()},
         "twin": {k: v.cpu() for k, v in twin.state_dict().items()},
-        "output": z.detach().cpu(),
     }
 
 
@@ -237,10 +235,11 @@ def pair(
                 heads[name] = pickle.dumps(variants(name, build))
         torch.save(heads, tmp_path / "heads.pt")
         processes = []
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         for rank in range(RANKS):
             with (tmp_path / f"{rank}.txt").open("w") as words:  # a pipe that nobody reads blocks
                 command = [sys.executable, __file__, str(rank), str(tmp_path)]
-                processes.append(subprocess.Popen(command, stdout=words, stderr=words))
+                processes.append(subprocess.Popen(command, stdout=words, stderr=words, env=env))
         finished.update(heads=heads, error="", results=[])
         try:
             codes = [process.wait(timeout=300) for process in processes]
@@ -265,8 +264,9 @@ def pair(
         if finished["error"]:
             pytest.fail(finished["error"])
         results = [result[job, name] for result in finished["results"]]
-        for error in (o["error"] for outcome in results for o in outcome if "error" in o):
-            pytest.fail(error)
+        errors = [o["error"] for outcome in results for o in outcome if "error" in o]
+        if errors:
+            pytest.fail("\n".join(errors))
         yield from zip(pickle.loads(finished["heads"][name]), *results, strict=True)
 
     return outcomes
@@ -275,8 +275,8 @@ def pair(
 def sees_rows_alone(head: nn.Module) -> bool:
     """Whether a row's output in training is the same whatever the rest of the batch is."""
     x = torch.randn(BATCH, WIDTH)
-    full, half = (whole(copy.deepcopy(head).train()(part)) for part in (x, x[: BATCH // 2]))
-    return torch.allclose(full[: BATCH // 2], half, atol=1e-5)
+    z, half = (whole(copy.deepcopy(head).train()(part)) for part in (x, x[: BATCH // 2]))
+    return torch.allclose(z[: BATCH // 2], half, atol=1e-5)
 
 
 def reference(head: nn.Module, joint: bool) -> tuple[nn.Module, State]:
@@ -298,20 +298,21 @@ def assert_all_equal(a: State, b: State) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def check_training(head: nn.Module, outcome: Outcome, joint: bool) -> None:
+def check_training(head: nn.Module, outcome: Outcome, joint: bool, atol: float = 1e-6) -> None:
     """Gradients and weights are those of one process; what is frozen has not moved a bit."""
     before = {f"1.{k}": v.clone() for k, v in head.state_dict().items()}
     fixed = [f"1.{k}" for k in fixed_keys(head)]
     model, gradients = reference(head, joint)
     assert gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    torch.testing.assert_close(outcome["gradients"], gradients, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(outcome["gradients"], gradients, rtol=1e-4, atol=atol)
     weights = {n: p.detach() for n, p in model.named_parameters()}
     found = {n: outcome["state"][n] for n in weights}
-    torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, weights, rtol=1e-4, atol=atol)
     assert outcome["state"].keys() == model.state_dict().keys()
     assert_all_equal({k: outcome["state"][k] for k in fixed}, {k: before[k] for k in fixed})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_heads())
 def test_ddp_trains_as_one_process_and_keeps_frozen_layers(name: str, pair: Any) -> None:
     for head, first, second in pair("ddp", name):
@@ -326,6 +327,7 @@ def test_first_layer_is_frozen_in_the_second_variant(name: str, build: Build) ->
         assert fixed_keys(head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_heads())
 def test_fsdp_trains_as_one_process_and_keeps_frozen_layers(name: str, pair: Any) -> None:
     for head, *both in pair("fsdp", name):
@@ -334,6 +336,7 @@ def test_fsdp_trains_as_one_process_and_keeps_frozen_layers(name: str, pair: Any
             check_training(copy.deepcopy(head), outcome, joint=sees_rows_alone(head))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_heads())
 def test_fsdp_state_dict_fits_a_plain_head_and_one_built_on_the_meta_device(
     name: str, pair: Any
@@ -350,6 +353,7 @@ def test_fsdp_state_dict_fits_a_plain_head_and_one_built_on_the_meta_device(
                 assert torch.equal(sharded, moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_heads())
 def test_fsdp_leaves_config_and_print_as_they_were(name: str, pair: Any) -> None:
     for head, *both in pair("fsdp", name):
@@ -363,6 +367,7 @@ def passes_on(head: nn.Module) -> bool:
     return whole(head(x)).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_heads())
 def test_fsdp_finds_nothing_to_warn_of(name: str, pair: Any) -> None:
     """What a head computes is no view: FSDP2 would lose its hook to the first in-place change."""
@@ -393,23 +398,28 @@ def test_sync_batch_norm_conversion_keeps_keys_values_and_outputs(name: str, bui
     not torch.cuda.is_available(),
     reason="SyncBatchNorm trains on a GPU only: its kernels for a CPU do not exist",
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_heads())
 def test_sync_batch_norm_makes_ddp_train_as_on_the_joint_batch(name: str, pair: Any) -> None:
     for head, first, second in pair("sync", name):
         assert_all_equal(first["gradients"], second["gradients"])
-        only_batch_norm = any(isinstance(m, _BatchNorm) for m in head.modules())
-        check_training(head, first, joint=only_batch_norm or sees_rows_alone(head))
+        plain = copy.deepcopy(head)
+        norms = [path for path, m in head.named_modules() if isinstance(m, _BatchNorm)]
+        for path in norms:
+            plain.set_submodule(path, nn.Identity())
+        alone = sees_rows_alone(plain)
+        if alone or not norms:  # else whitening, which stays per process
+            check_training(head, first, joint=alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list_heads())
 def test_ema_twin_follows_every_parameter_and_no_frozen_layer(name: str, build: Build) -> None:
-    utils = pytest.importorskip("lightly.models.utils")
     for head in variants(name, build):
         if not list(head.parameters()):
             continue  # a host gives the twin one: see headplug/hosts/twins.py
         twin, before = copy.deepcopy(head), copy.deepcopy(head).state_dict()
         train(wrap(head), [list(zip(*(t[0] for t in batches(head)), strict=True))])
-        utils.update_momentum(head, twin, m=0.9)
+        update_momentum(head, twin, m=0.9)
         moving = dict(head.named_parameters())
         for key, value in twin.state_dict().items():
             if key in moving:
