@@ -369,8 +369,10 @@ def test_an_impossible_twin_is_refused(twin: str, error: type[HeadplugError]) ->
 def test_dependents_are_seen_with_an_explicit_twin_too() -> None:
     model = byol(predictor=nn.Linear(Z, Z))
     for twin in (None, "momentum_projector"):
-        with pytest.raises(DimensionError, match="predictor"):
-            swap_head(model, "simclr_plain", slot="projector", twin=twin, output_dim=Z + 1)
+        swap = swap_head(model, "simclr_plain", slot="projector", twin=twin, output_dim=Z + 1)
+        assert swap.report.rebuilt == ("predictor",)
+        assert model.predictor.weight.shape == (Z + 1, Z + 1)
+        swap.restore()
 
 
 @pytest.mark.parametrize("name", ["reweighting", "identity"])
@@ -516,7 +518,7 @@ class Masked(nn.Module):
         (lambda: holder(projector=mlp(), predictor=nn.Linear(Z + 1, 4)), []),
     ],
 )
-def test_what_follows_the_old_width_is_named(
+def test_what_follows_the_old_width_is_named_and_follows_the_new(
     build: Callable[[], nn.Module], dependents: list[Any]
 ) -> None:
     model = build()
@@ -525,27 +527,44 @@ def test_what_follows_the_old_width_is_named(
     assert [d.path for d in slot.dependents] == paths
     assert all(d in slot.dependents for d in dependents if isinstance(d, Dependent))
     before = Photograph(model)
-    if not dependents:
-        assert swap_head(model, "simclr_plain", output_dim=5).report.output_dim == 5
-        return
-    with pytest.raises(DimensionError) as caught:
-        swap_head(model, "simclr_plain", output_dim=5)
-    for word in (*paths, "5 features", f"made for {Z}", f"output_dim={Z}"):
-        assert word in str(caught.value)
+    planned = swap_head(model, "simclr_plain", dry_run=True, output_dim=5)
     before.compare()
-    swap_head(model, "simclr_plain")
+    swap = swap_head(model, "simclr_plain", output_dim=5)
+    assert planned.report == swap.report
+    assert swap.report.rebuilt == tuple(paths)
+    if paths:
+        assert f"made anew for 5 features: {', '.join(paths)}" in str(swap.report)
+    assert [(d.path, d.width) for d in find_slots(model)[0].dependents] == [(p, 5) for p in paths]
+    state = model.state_dict()
+    followed = tuple(paths)
+    rest = [k for k in before.state if not k.startswith((slot.path, "momentum_", *followed))]
+    assert all(torch.equal(state[k], before.state[k]) for k in rest)
+    assert {k for k in state if k.startswith(followed)} == {
+        k for k in before.state if k.startswith(followed)
+    }
+    swap.restore()
+    before.compare()
 
 
-def test_the_next_layer_of_a_sequential_depends_on_the_head() -> None:
-    model = nn.Sequential(nn.Linear(B, H), mlp(), nn.ReLU(), nn.Linear(Z, 3))
-    with pytest.raises(DimensionError, match=r"3 \(next layer, made for 8\)"):
-        swap_head(model, "simclr_plain", slot="1", output_dim=5)
+def test_the_next_layers_of_a_sequential_depend_on_the_head() -> None:
+    model = nn.Sequential(
+        nn.Linear(B, H), mlp(), nn.BatchNorm1d(Z), nn.ReLU(), nn.Linear(Z, 3), nn.Linear(3, Z)
+    )
+    last = model[5]
+    before = Photograph(model)
+    with swap_head(model, "simclr_plain", slot="1", output_dim=5) as swap:
+        assert swap.report.rebuilt == ("2", "4")
+        assert model(torch.ones(4, B)).shape == (4, Z)
+        assert model[5] is last
+    before.compare()
 
 
 def test_a_predictor_is_tied_to_the_projection_it_predicts() -> None:
     model = byol(predictor=mlp(Z, 4, Z))
-    with pytest.raises(DimensionError, match="projector"):
+    before = Photograph(model)
+    with pytest.raises(DimensionError, match=r"projector \(projection, made for 8\)"):
         swap_head(model, "simclr_plain", slot="predictor", output_dim=5)
+    before.compare()
     assert swap_head(model, "simclr_plain", slot="predictor").report.paths == ("predictor",)
 
 
@@ -569,7 +588,7 @@ def refused(**kwargs: Any) -> tuple[dict[str, Any], type[HeadplugError]]:
         refused(head="simclr_plane", error=UnknownNameError),
         refused(head="simclr_plain", hiden_dim=4, error=OptionError),
         refused(head="reweighting", output_dim=Z, error=HeadplugError),
-        refused(head="reweighting", error=DimensionError),  # H features, but a predictor takes Z
+        refused(head="reweighting", error=DimensionError),  # H features: Conv1d cannot follow
         refused(head={"input_dim": H}, error=OptionError),
         refused(head=7, error=OptionError),
         refused(head=nn.Linear(H + 1, Z), error=DimensionError),
@@ -585,12 +604,17 @@ def refused(**kwargs: Any) -> tuple[dict[str, Any], type[HeadplugError]]:
 def test_a_refused_swap_leaves_no_trace(
     arguments: dict[str, Any], error: type[HeadplugError], dry_run: bool
 ) -> None:
-    model = byol(predictor=mlp(Z, 4, Z))
+    model = byol(predictor=mlp(Z, 4, Z), prototypes=mixed())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     before = Photograph(model, optimizer)
     with pytest.raises(error):
         swap_head(model, **arguments, dry_run=dry_run, optimizer=optimizer)
     before.compare()
+
+
+def mixed() -> nn.Module:
+    """Prototypes that no rule can make for another width."""
+    return nn.Sequential(nn.Conv1d(Z, 4, 1), nn.Flatten(), nn.Linear(Z, 4))
 
 
 def test_a_wrong_width_says_both() -> None:
@@ -732,9 +756,11 @@ def test_the_report_says_what_was_done_and_goes_through_json() -> None:
         assert words in text
     assert "EMA twin: momentum_projector" in text
     data = json.loads(json.dumps(report.as_dict()))
-    assert data["slot"]["dependents"] == [{"path": "predictor", "kind": "prediction", "width": 8}]
+    assert data["slot"]["dependents"] == [
+        {"path": "predictor", "kind": "prediction", "width": 8, "twin": None, "limit": None}
+    ]
     assert data["trainable"] == [old, 4 * Z + Z]
-    assert data["frozen"] == [2 * 24 + 1, H * 4 + 4 + 1]  # running statistics; AE layer and mark
+    assert data["frozen"] == [0, H * 4 + 4]  # fixed weights; running statistics are none
     assert create_head(data["new"]).config == data["new"]
 
 
@@ -948,3 +974,14 @@ def test_an_optimiser_that_was_not_passed_is_warned_about():
     assert "optimizer=" in str(swap.report)
     swap.restore()
     assert not swap_head(model, "simclr_plain", optimizer=optimizer).report.notes
+
+
+@pytest.mark.parametrize("name", ["reweighting", "identity"])
+def test_the_optimiser_is_warned_about_after_a_head_without_parameters_too(name: str) -> None:
+    model = simclr()
+    swap_head(model, name, output_dim=H)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="will not train the new parameters of 'projector'"):
+        swap_head(model, "simclr_plain").restore()
+    with pytest.raises(SlotError, match="in no groups"):
+        swap_head(model, "simclr_plain", optimizer=optimizer)

@@ -7,14 +7,15 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from headplug.errors import SlotError
-from headplug.hosts import BEHIND, HeadSlot, describe, plain_role, slots_by_role
+from headplug.hosts import BEHIND, Dependent, HeadSlot, describe, plain_role, slots_by_role
+from headplug.hosts.modules import parent
 
 ROLES = {
     "SwaVPrototypes": "prototypes",
     "SMoGPrototypes": "prototypes",
     "VicRegLLocalProjectionHead": "local projection",
 }
-STATES = {"center": "loss centre", "group_features": "prototypes", "C": "loss state"}
+STATES = {"center": "loss centre", "group_features": "prototypes"}
 DECODERS = {  # what these are trained with predicts pixels or tokens; there is no projector
     "AIMPredictionHead": "AIM",
     "MAEDecoder": "MAE",
@@ -41,7 +42,7 @@ class LightlyAdapter:
         Raises:
             SlotError: The method has no projector.
         """
-        slots = [_with_calls(model, s) for s in slots_by_role(model, _role, _width)]
+        slots = [_completed(model, s) for s in slots_by_role(model, _role, _width)]
         if any(s.role == "projection" for s in slots):
             return slots
         for path, module in model.named_modules():
@@ -55,7 +56,7 @@ class LightlyAdapter:
 
     def describe(self, model: nn.Module, path: str) -> HeadSlot:
         """The slot at a path that the user names."""
-        return _with_calls(model, describe(model, path, _role, _width))
+        return _completed(model, describe(model, path, _role, _width))
 
 
 def _kinds(module: nn.Module) -> list[str]:
@@ -85,13 +86,15 @@ def _role(path: str, module: nn.Module) -> str | None:
     return named if named in BEHIND else "projection"
 
 
-def _width(module: nn.Module) -> tuple[str, int] | None:
+def _width(module: nn.Module) -> tuple[str, int | None] | None:
     """Kind and width of lightly's modules that are made for one width of the projection."""
     kinds = _kinds(module)
     if not kinds:
         return None
     if kinds[0] == "Whitening2d":
         return "whitening", int(module.num_features)  # type: ignore[arg-type]
+    if kinds[0] == "TiCoLoss":
+        return "loss state", None if module.C is None else len(module.C)  # type: ignore[arg-type]
     size = getattr(module, "size", None)  # MemoryBankModule and all that derive from it
     if "MemoryBankModule" in kinds and isinstance(size, tuple | list) and len(size) == 2:
         return "memory bank", int(size[1])
@@ -102,9 +105,20 @@ def _width(module: nn.Module) -> tuple[str, int] | None:
     return None
 
 
-def _with_calls(model: nn.Module, slot: HeadSlot) -> HeadSlot:
+def _completed(model: nn.Module, slot: HeadSlot) -> HeadSlot:
+    """Adds what the training loop calls on the head, and how wide whitening can get."""
     head = model.get_submodule(slot.path)
-    return replace(slot, calls=tuple(name for name in LOOP_CALLS if hasattr(head, name)))
+    return replace(
+        slot,
+        calls=tuple(name for name in LOOP_CALLS if hasattr(head, name)),
+        dependents=tuple(replace(d, limit=_limit(model, d)) for d in slot.dependents),
+    )
+
+
+def _limit(model: nn.Module, dependent: Dependent) -> int | None:
+    """W-MSE whitens slices of the batch, with at least twice as many rows as features."""
+    size = getattr(model.get_submodule(parent(dependent.path)), "w_size", None)
+    return size // 2 if dependent.kind == "whitening" and size else None
 
 
 adapter = LightlyAdapter()

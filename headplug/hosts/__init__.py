@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Protocol
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from headplug.errors import SlotError
 from headplug.heads import ProjectionHead
-from headplug.hosts.modules import dims, inside, named_modules, parent, paths_of, submodule
+from headplug.hosts.dependents import BEHIND, Dependent, WidthOf, find_dependents
+from headplug.hosts.modules import dims, inside, named_modules, paths_of, submodule
 from headplug.hosts.twins import find_twin
 
 ROLE_BY_NAME = {
@@ -35,27 +35,6 @@ ROLE_BY_NAME = {
     "prototypes": "prototypes",
     "last_layer": "prototypes",
 }
-BEHIND = ("prediction", "prototypes")  # roles whose input is the projection
-TENSORS_BEHIND = {"queue": "queue", "bank": "queue", "proto": "prototypes", "cent": "loss centre"}
-
-
-@dataclass(frozen=True)
-class Dependent:
-    """Something whose shape follows the output of a head.
-
-    Attributes:
-        path: The module or tensor in the model.
-        kind: What it is: "prediction", "prototypes", "memory bank", "queue", "loss centre", ...
-        width: The width of the projection that it is made for.
-        twin: Path of its EMA copy, if it has one.
-        limit: The largest width that it can be made for, if there is one.
-    """
-
-    path: str
-    kind: str
-    width: int
-    twin: str | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +97,6 @@ class HostAdapter(Protocol):
 
 
 RoleOf = Callable[[str, nn.Module], str | None]
-WidthOf = Callable[[nn.Module], tuple[str, int] | None]
 
 
 @functools.cache
@@ -185,7 +163,7 @@ def slots_by_role(
         role_of: The role of a module of the host's, from its path and itself; "" where it surely
             has none, None where names may tell.
         width_of: For other modules made for the projection's width (queues, losses): kind and
-            width.
+            width; None for a width that is settled by the first batch.
     """
     roles = _roles(model, role_of)
     slots = [_describe(model, path, roles, width_of) for path in roles]
@@ -257,49 +235,26 @@ def _describe(model: nn.Module, path: str, roles: dict[str, str], width_of: Widt
     widths = dims(module)
     assert widths is not None  # `_roles` keeps none else
     twin, maybe = find_twin(model, path, roles)
-    dependents = {
-        d.path: d for d in _dependents(model, path, roles, width_of) if d.width == widths[1]
-    }
     return HeadSlot(
         path,
         roles[path],
         *widths,
         twin=twin,
-        dependents=tuple(dependents.values()),
+        dependents=find_dependents(model, path, roles, width_of),
         aliases=tuple(p for p in paths_of(model, module) if p != path),
         maybe_twins=maybe,
     )
 
 
-def _dependents(
-    model: nn.Module, path: str, roles: dict[str, str], width_of: WidthOf
-) -> Iterator[Dependent]:
-    """What may follow the output of the head at a path, with the width it is made for."""
-    own = dims(submodule(model, path))
-    others = {p: (r, d) for p, r in roles.items() if p != path and (d := dims(submodule(model, p)))}
-    if roles[path] == "prediction":  # the loss compares its output with the projection
-        yield from (Dependent(p, r, d[1]) for p, (r, d) in others.items() if r == "projection")
-    if roles[path] in BEHIND or own is None:
-        return
-    yield from (Dependent(p, r, d[0]) for p, (r, d) in others.items() if r in BEHIND)
-    for p, module in named_modules(model):
-        if made := width_of(module):
-            yield Dependent(p, *made)
-    holder = model.get_submodule(parent(path))
-    if isinstance(holder, nn.Sequential):
-        names = list(holder._modules)
-        for name in names[names.index(path.rpartition(".")[2]) + 1 :]:
-            if behind := dims(holder.get_submodule(name)):
-                yield Dependent(f"{parent(path)}.{name}".lstrip("."), "next layer", behind[0])
-                break
-    while path:  # tensors that the modules around the head hold themselves
-        path = parent(path)
-        around = model.get_submodule(path)
-        own_tensors = [
-            *around.named_parameters(recurse=False),
-            *around.named_buffers(recurse=False),
-        ]
-        for name, tensor in own_tensors:
-            kind = next((k for w, k in TENSORS_BEHIND.items() if w in name.lower()), None)
-            if (kind or tensor.ndim == 2) and not is_lazy(tensor) and own[1] in tensor.shape:
-                yield Dependent(f"{path}.{name}".lstrip("."), kind or "tensor", own[1])
+__all__ = [
+    "BEHIND",
+    "Dependent",
+    "HeadSlot",
+    "HostAdapter",
+    "adapters",
+    "describe",
+    "find_slots",
+    "plain_role",
+    "slot_at",
+    "slots_by_role",
+]

@@ -31,9 +31,17 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(p, m) for p, m in model.named_modules() if p]
 
 
-def paths_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
-    """Every path that leads to a module."""
-    return tuple(p for p, m in model.named_modules(remove_duplicate=False) if m is module)
+def paths_of(model: nn.Module, what: nn.Module | Tensor) -> tuple[str, ...]:
+    """Every path that leads to a module, a parameter or a buffer."""
+    named = model.named_modules(remove_duplicate=False)
+    if isinstance(what, nn.Module):
+        return tuple(p for p, m in named if m is what)
+    return tuple(
+        f"{p}.{n}".lstrip(".")
+        for p, m in named
+        for n, t in (*m._parameters.items(), *m._buffers.items())
+        if t is what
+    )
 
 
 def assign(model: nn.Module, path: str, value: Any) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import OrderedDict
 from collections.abc import Collection
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +21,14 @@ from headplug.errors import SlotError
 from headplug.heads import create_head
 from headplug.hosts.modules import inside, named_modules, parent, submodule, tensors
 
+M = TypeVar("M", bound=nn.Module)
 ANCHOR = "ema_anchor"
 MARK = "is_ema_twin"
 COPY_WORDS = {
     *("momentum", "ema", "teacher", "student", "target", "online", "key", "query", "anchor"),
     *("copy", "k", "q", "s", "t", "m"),
 }
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def find_twin(
@@ -116,10 +120,19 @@ def copy_frozen(head: nn.Module) -> nn.Module:
     return twin.requires_grad_(False)
 
 
-def detached_copy(module: nn.Module) -> nn.Module:
-    """A deep copy, also where hooks left tensors that are part of a graph (old weight norm)."""
+def detached_copy(module: M) -> M:
+    """A deep copy, also where hooks left tensors that are part of a graph (old weight norm).
+
+    Hooks are left out, but for torch's own: a copied one would still report to its owner, or copy
+    the owner too.
+    """
     computed = (v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor))
-    memo = {id(t): t.detach().clone() for t in computed if not t.is_leaf}
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in computed if not t.is_leaf}
+    for part in module.modules():
+        for name in HOOKS:
+            hooks: OrderedDict[int, Any] = getattr(part, name)
+            own = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.")}
+            memo[id(hooks)] = OrderedDict(own)
     return copy.deepcopy(module, memo)
 
 

@@ -3,12 +3,14 @@
 Everything is resolved, built and checked before the model is touched, so that a refused swap leaves
 it bit-identical; the change itself is a handful of assignments that `restore` undoes. The EMA copy
 shares no storage with the head, and what follows the head's width is made anew if that changes.
+What is drawn takes nothing from the random state, so that the rest of a seeded run is the one
+without the swap.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -21,16 +23,17 @@ from torch.optim import Optimizer
 from headplug.errors import DimensionError, OptionError, SlotError
 from headplug.heads import create_head, describe_head
 from headplug.hosts import HeadSlot
-from headplug.hosts.modules import assign, dims, submodule, tensors
+from headplug.hosts.modules import dims, tensors
 from headplug.hosts.twins import ANCHOR, anchor, build_twin, copy_frozen
-from headplug.swap.dependents import Change, rebuild_all, with_tail
-from headplug.swap.groups import Exchange, Move, alive, holders
+from headplug.swap.changes import Change, put_all
+from headplug.swap.dependents import rebuild_all, with_tail
+from headplug.swap.groups import Exchange, alive, holders
 from headplug.swap.report import SwapReport, make_report
 from headplug.swap.resolve import resolve
 
 STALE = (
-    "an optimiser that is already built holds the old parameters of {paths} and will not train "
-    "the new ones: pass it, optimizer=..., or build it after the swap."
+    "an optimiser that is already built will not train the new parameters of {paths}: pass it, "
+    "optimizer=..., or build it after the swap."
 )
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -48,31 +51,30 @@ class Swap:
     report: SwapReport
     head: nn.Module
     twin: nn.Module | None
-    _model: nn.Module = field(repr=False)
-    _places: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    _changes: list[Change] = field(default_factory=list, repr=False)
     _exchange: Exchange | None = field(default=None, repr=False)
 
     def restore(self) -> None:
-        """Puts the old head and its twin back, the very modules, and the optimiser's groups.
+        """Puts the very old modules, tensors and numbers back, and the optimiser's groups.
 
         Raises:
             SlotError: The head or the optimiser was changed again since; nothing is touched then.
         """
-        present = dict(self._model.named_modules(remove_duplicate=False))
-        for path, (_, new) in self._places.items():
-            if isinstance(new, nn.Module) and present.get(path) is not new:
+        for change in self._changes:
+            if not change.intact:
                 raise SlotError(
-                    f"{path} no longer holds the head of this swap; restore the later one first."
+                    f"{change.paths[0]} no longer holds what this swap put there; restore the "
+                    "later one first."
                 )
         if self._exchange and not self._exchange.intact:
             raise SlotError(
                 "the optimiser's groups were changed since this swap; restore the later one first."
             )
-        for path, (old, _) in self._places.items():
-            assign(self._model, path, old)
+        for change in self._changes:
+            change.take_out()
         if self._exchange:
             self._exchange.undo()
-        self._places, self._exchange = {}, None
+        self._changes, self._exchange = [], None
 
     def __enter__(self) -> Swap:
         return self
@@ -94,13 +96,15 @@ def swap_head(
     *,
     twin: str | None = "auto",
     optimizer: Optimizer | None = None,
+    outside: nn.Module | Sequence[nn.Module] = (),
     **options: Any,
 ) -> Swap:
     """Replaces the projection head of a model, and its EMA twin with it.
 
     Swap before the optimiser is built, or pass the optimiser, so that the new parameters are
     trained; where neither is so, a warning says it, and the report too. With another `output_dim`,
-    what follows the old one (predictor, prototypes, queues) is made anew, and starts untrained.
+    what follows the old one (predictor, prototypes, queues) is made anew, and starts untrained: in
+    the model as new modules, in `outside` inside the same ones, which your script holds.
 
     Args:
         model: A lightly, solo-learn or plain PyTorch model.
@@ -111,6 +115,8 @@ def swap_head(
         dry_run: Check everything and report, but change nothing.
         twin: Path of the EMA copy; "auto" finds it; None says that there is none.
         optimizer: One that already holds the old head's parameters: the new ones take their place.
+        outside: What is not in the model and may be made for the width of the projection: a loss
+            with a memory bank or a centre, prototypes, a predictor.
         options: Options of the head, as in `create_head`.
 
     Returns:
@@ -134,45 +140,48 @@ def swap_head(
     """
     place = resolve(model, slot, twin)
     _refuse_wrapped(model)
-    new = _build(head, place, options)
-    output_dim = _check_dims(new, place)
-    changes = _changes(model, place, new, output_dim)
+    beside = [outside] if isinstance(outside, nn.Module) else list(outside)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        new = _build(head, place, options)
+        output_dim = _check_dims(new, place)
+        changes = _changes(model, place, new, output_dim)
+        if output_dim != place.output_dim:
+            changes += rebuild_all(model, place, output_dim, beside)
     exchange = _check_optimizers(model, changes, optimizer)
 
-    report = make_report(model, place, submodule(model, place.path), new, output_dim)
-    if exchange is None and (stale := _stale(changes)):
-        warnings.warn(stale, stacklevel=2)
-        report = replace(report, notes=(*report.notes, stale))
-    swap = Swap(report, new, changes[1].new if place.twin else None, model)
+    report = make_report(place, new, output_dim, changes, beside)
+    groups = optimizer.param_groups if optimizer is not None else None
+    others = [o for o in alive() if o.param_groups is not groups]
+    in_use = optimizer is None and bool(holders(others, model.parameters()))
+    if stale := _stale(changes, others, in_use):
+        note = STALE.format(paths=stale)
+        warnings.warn(note, stacklevel=2)
+        report = replace(report, notes=(*report.notes, note))
+    swap = Swap(report, new, changes[1].new if place.twin else None)
     if dry_run:
         return swap
     for change in changes:
-        _settle(change, model)
+        if not change.follows:
+            _settle(change, model)
     for name in place.calls:
         if not hasattr(new, name):
             setattr(new, name, _do_nothing)
     if swap.twin is not None:
         anchor(new)
         anchor(swap.twin)
-    places = {path: (c.old, c.new) for c in changes for path in c.paths}
-    _put(model, places)
+    put_all(changes)
     if exchange:
         exchange.do()
-    swap._places, swap._exchange = places, exchange
+    swap._changes, swap._exchange = changes, exchange
     return swap
 
 
 def _changes(model: nn.Module, place: HeadSlot, new: nn.Module, output_dim: int) -> list[Change]:
-    """The head, its twin, and what follows its width if that changes; nothing is done yet."""
+    """The head, with the method's own last layer, and its twin; nothing is done yet."""
     head = with_tail(model, place, new, output_dim)
     changes = [Change.at(model, place.path, head)]
     if place.twin:
         changes.append(Change.at(model, place.twin, copy_frozen(head)))
-    if output_dim != place.output_dim:
-        for dependent, made in rebuild_all(model, place, output_dim).items():
-            changes.append(Change.at(model, dependent.path, made))
-            if dependent.twin:
-                changes.append(Change.at(model, dependent.twin, copy_frozen(made)))
     return changes
 
 
@@ -193,9 +202,7 @@ def _build(
         width = describe_head(name).signature.parameters.get("output_dim")
         if width is not None and width.default is not None:  # None: the input's, unless asked for
             given.setdefault("output_dim", place.output_dim)
-    # The draw is undone, so that the rest of a seeded run is the one without the swap.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return create_head(given)
+    return create_head(given)
 
 
 def _misfit(name: str, width: int, place: HeadSlot) -> DimensionError:
@@ -223,22 +230,21 @@ def _check_optimizers(
     groups = optimizer.param_groups if optimizer is not None else None
     for trainer in _trainers(model):
         others = [o for o in getattr(trainer, "optimizers", []) if o.param_groups is not groups]
-        if held := [c.paths[0] for c in changes if holders(others, c.gone)]:
+        if stale := _stale(changes, others, optimizer is None and bool(others)):
             raise SlotError(
-                f"the trainer's optimiser already holds the parameters of {held[0]!r}, so a new "
-                "head would not be trained. Swap before trainer.fit(), or pass "
-                "optimizer=trainer.optimizers[0]."
+                "the trainer's optimiser already exists and would not train the new parameters of "
+                f"{stale}. Swap before trainer.fit(), or pass optimizer=trainer.optimizers[0]."
             )
     if optimizer is None:
         return None
-    return Exchange(optimizer, [Move(c.paths[0], c.gone, c.come) for c in changes])
+    ids = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    return Exchange(optimizer, [move for c in changes for move in c.moves(ids)])
 
 
-def _stale(changes: list[Change]) -> str:
-    """What to say of optimisers that hold parameters of what leaves."""
-    optimizers = alive()
-    held = [repr(c.paths[0]) for c in changes if holders(optimizers, c.gone)]
-    return STALE.format(paths=" and ".join(held)) if held else ""
+def _stale(changes: list[Change], others: list[Optimizer], in_use: bool) -> str:
+    """What optimisers will not train: what they hold the old of, or all where they are in use."""
+    paths = [repr(c.paths[0]) for c in changes if holders(others, c.gone) or (in_use and c.trains)]
+    return " and ".join(paths)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -261,28 +267,12 @@ def _trainers(model: nn.Module) -> Iterator[Any]:
 
 
 def _settle(change: Change, model: nn.Module) -> None:
-    """Gives a new module the device, dtype and mode of the old one."""
-    old, new = change.old, change.new
-    if not isinstance(new, nn.Module):
-        return
+    """Gives a new head the device, dtype and mode of the old one."""
+    old: nn.Module = change.old
     around = [*old.parameters(), *model.parameters(), *tensors(old)]
     dtype = next((t.dtype for t in around if t.is_floating_point()), None)
     device = next((t.device for t in (*tensors(old), *tensors(model))), None)
-    new.to(device, dtype)
-    new.train(old.training)
-
-
-def _put(model: nn.Module, places: Mapping[str, tuple[Any, Any]]) -> None:
-    """Makes all assignments, or none."""
-    done = []
-    try:
-        for path, (_, new) in places.items():
-            assign(model, path, new)
-            done.append(path)
-    except Exception as error:
-        for changed in done:
-            assign(model, changed, places[changed][0])
-        raise SlotError(f"the model does not let {path!r} be replaced: {error}") from error
+    change.new.to(device, dtype).train(old.training)
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:

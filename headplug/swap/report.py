@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from headplug.errors import HeadplugError
 from headplug.heads.parameters import count
 from headplug.hosts import HeadSlot
-from headplug.hosts.modules import paths_of, submodule
+from headplug.swap.changes import Change
 
 
 @dataclass(frozen=True)
@@ -64,38 +64,48 @@ class SwapReport:
 
 
 def make_report(
-    model: nn.Module, place: HeadSlot, old: nn.Module, new: nn.Module, output_dim: int
+    place: HeadSlot,
+    new: nn.Module,
+    output_dim: int,
+    changes: Sequence[Change],
+    outside: Sequence[nn.Module],
 ) -> SwapReport:
-    """What putting a new head in the place of the old one changes; nothing is changed by it."""
+    """What putting a new head in the place of the old one changes; nothing is changed by it.
+
+    Args:
+        place: The slot.
+        new: The new head.
+        output_dim: Width of the new projection.
+        changes: Everything that is replaced: the head, its EMA copy, and what follows them.
+        outside: Modules of the user's script that may follow, too.
+    """
+    old: nn.Module = changes[0].old
     trainable, frozen = zip(count(old), count(new), strict=True)
+    follow = [c for c in changes if c.follows]
     return SwapReport(
         slot=place,
-        paths=paths_of(model, old),
-        twin_paths=paths_of(model, submodule(model, place.twin)) if place.twin else (),
+        paths=changes[0].paths,
+        twin_paths=changes[1].paths if place.twin else (),
         old=str(getattr(old, "name", "") or type(old).__name__),
         new=_config(new),
         output_dim=output_dim,
         trainable=trainable,
         frozen=frozen,
-        rebuilt=() if output_dim == place.output_dim else tuple(d.path for d in place.dependents),
-        notes=tuple(_notes(model, place, old, new, output_dim)),
+        rebuilt=tuple(c.paths[0] for c in follow),
+        notes=(
+            *_notes(changes[0].root, place, old, new),
+            *(_notes_on_width(changes[0].root, place, output_dim, follow, outside)),
+        ),
     )
 
 
-def _notes(
-    model: nn.Module, place: HeadSlot, old: nn.Module, new: nn.Module, output_dim: int
-) -> Iterator[str]:
+def _notes(model: nn.Module, place: HeadSlot, old: nn.Module, new: nn.Module) -> Iterator[str]:
     if place.twin and not list(new.parameters()):
         yield "the head has no parameters; an empty frozen one lets EMA updates run."
-    if output_dim != place.output_dim:
-        yield (
-            f"the projection changes from {place.output_dim} to {output_dim} features: queues and "
-            "losses outside the model that are made for the old width must follow."
-        )
     for name in place.calls:
         if not hasattr(new, name):
             yield f"{name}() of the old head does nothing on the new one."
-    if old._forward_hooks or old._forward_pre_hooks:
+    if _hooked(old):
         yield "hooks that were registered on the old head are not on the new one."
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -104,6 +114,37 @@ def _notes(
                     f"{path or 'the model'} also keeps the old head in {name!r}, outside "
                     "its modules; that stays as it is."
                 )
+
+
+def _notes_on_width(
+    model: nn.Module,
+    place: HeadSlot,
+    output_dim: int,
+    follow: Sequence[Change],
+    outside: Sequence[nn.Module],
+) -> Iterator[str]:
+    if output_dim == place.output_dim:
+        return
+    yield (
+        f"the projection changes from {place.output_dim} to {output_dim} features: what is made "
+        "for the old width and is not in the model must follow; pass it, outside=[...]."
+    )
+    held = {id(m) for c in follow if isinstance(c.old, nn.Module) for m in c.old.modules()}
+    for module in outside:
+        if module not in set(model.modules()) and not any(id(m) in held for m in module.modules()):
+            yield (
+                f"the {type(module).__name__} in outside holds nothing of {place.output_dim} "
+                "features and stays as it is."
+            )
+    for change in follow:
+        if isinstance(change.old, nn.Module) and any(_hooked(m) for m in change.old.modules()):
+            yield f"hooks that were registered in {change.paths[0]} are not on what comes for it."
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether others than torch itself put hooks on a module."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not type(h).__module__.startswith("torch.") for h in hooks)
 
 
 def _holds(value: Any, module: nn.Module, depth: int = 3) -> bool:

@@ -290,6 +290,8 @@ class MoCoV3(BYOL):
 
 
 class TiCo(Momentum):
+    dependents = ("criterion",)
+
     def __init__(self, z: int) -> None:
         super().__init__(heads.TiCoProjectionHead(H, HID, z))
         self.criterion = losses.TiCoLoss()
@@ -614,18 +616,19 @@ def test_the_slot_is_described(pattern: type[Model]) -> None:
 
 
 def test_dependents_are_told_by_kind() -> None:
-    kinds = {d.path: d.kind for p in PATTERNS for d in slot_of(build(p), p).dependents}
+    kinds = {(d.path, d.kind) for p in PATTERNS for d in slot_of(build(p), p).dependents}
     assert kinds == {
-        "prediction_head": "prediction",
-        "memory_bank": "memory bank",
-        "prototypes": "prototypes",
-        "queues.0": "memory bank",
-        "queues.1": "memory bank",
-        "criterion.memory_bank": "memory bank",
-        "criterion_global.memory_bank": "memory bank",
-        "criterion_local.memory_bank": "memory bank",
-        "criterion": "loss centre",
-        "patch_criterion.center": "loss centre",
+        ("prediction_head", "prediction"),
+        ("memory_bank", "memory bank"),
+        ("prototypes", "prototypes"),
+        ("queues.0", "memory bank"),
+        ("queues.1", "memory bank"),
+        ("criterion.memory_bank", "memory bank"),
+        ("criterion_global.memory_bank", "memory bank"),
+        ("criterion_local.memory_bank", "memory bank"),
+        ("criterion", "loss centre"),
+        ("criterion", "loss state"),
+        ("patch_criterion.center", "loss centre"),
     }
 
 
@@ -667,18 +670,169 @@ def test_two_steps_with_another_head_of_the_same_width(pattern: type[Model], nam
     train(model, old, model.get_submodule(pattern.twin) if pattern.twin else None, steps=1)
 
 
+TOGETHER: dict[type[Model], str] = {  # heads of one model that must agree on the width
+    VICRegL: "local_projection_head", VICRegLLocal: "projection_head", CAPI: "teacher_head",
+}  # fmt: skip
+
+
 @each_pattern
-def test_another_output_width(pattern: type[Model]) -> None:
-    model = build(pattern)
-    if not pattern.dependents:
-        swap = swap_head(model, "simclr_plain", pattern.slot, output_dim=Z - 2)
-        if pattern not in (VICRegL, VICRegLLocal, CAPI):
-            train(model, swap.head, swap.twin)
+def test_two_steps_with_another_output_width(pattern: type[Model]) -> None:
+    z, model = Z - 2, build(pattern)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    tensors = {k: id(v) for k, v in (*model.named_parameters(), *model.named_buffers())}
+    with unchanged(model):
+        planned = swap_head(model, "simclr_plain", pattern.slot, output_dim=z, dry_run=True)
+    swap = swap_head(model, "simclr_plain", pattern.slot, output_dim=z)
+    assert planned.report == swap.report
+    assert set(swap.report.rebuilt) == set(pattern.dependents)
+
+    expected, new = shapes(build(pattern, z)), shapes(model)
+    followers = tuple(f"{path}." for path in pattern.dependents)
+    made = {k for k in expected if k.startswith(followers) or k in pattern.dependents}
+    assert {k: new.get(k) for k in made} == {k: expected[k] for k in made}
+    heads = (*swap.report.paths, *swap.report.twin_paths)
+    rest = [k for k in state if not k.startswith((*heads, *followers)) and k not in made]
+    assert all(torch.equal(model.state_dict()[k], state[k]) for k in rest)
+
+    other = TOGETHER.get(pattern)
+    if other:
+        swap_head(model, "simclr_plain", other, output_dim=z)
+    if "memory" in "".join(pattern.dependents) or "queues" in "".join(pattern.dependents):
+        banks = [m for m in model.modules() if isinstance(m, MemoryBankModule)]
+        followed = [m for m in banks if m.size == (32, z)]
+        assert followed
+        for bank in followed:
+            assert bank.bank.shape == (32, z)
+            assert torch.allclose(bank.bank.norm(dim=1), torch.ones(32))
+    if pattern in (DenseCL, DenseCLLocal):  # both heads share nothing but the two losses
+        second = {DenseCL: DenseCLLocal, DenseCLLocal: DenseCL}[pattern]
+        followed_again = swap_head(model, "simclr_plain", second.slot, output_dim=z)
+        assert followed_again.report.rebuilt == ()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, swap.head, swap.twin)
+    for name, parameter in model.named_parameters():
+        if name.startswith(followers) and parameter.requires_grad and parameter.ndim > 1:
+            assert not torch.equal(parameter, start[name]), name
+    if other or pattern in (DenseCL, DenseCLLocal):
         return
-    with unchanged(model), pytest.raises(DimensionError) as caught:
-        swap_head(model, "simclr_plain", pattern.slot, output_dim=Z - 2)
-    for words in (*pattern.dependents, f"gives {Z - 2} features", f"made for {Z}"):
-        assert words in str(caught.value)
+    swap.restore()
+    assert all(m is modules[p] for p, m in model.named_modules(remove_duplicate=False))
+    now = {k: id(v) for k, v in (*model.named_parameters(), *model.named_buffers())}
+    assert now == tensors
+    assert all(torch.equal(model.state_dict()[k], state[k]) for k in state if "backbone" not in k)
+    old = model.get_submodule(pattern.path)
+    train(model, old, model.get_submodule(pattern.twin) if pattern.twin else None, steps=1)
+
+
+def shapes(model: nn.Module) -> dict[str, Any]:
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {n: (tuple(t.shape), t.dtype, t.requires_grad) for n, t in named}
+
+
+@pytest.mark.parametrize("n_prototypes", [12, [12, Z], [Z, Z, 5]])
+def test_every_list_of_swav_prototypes_follows(n_prototypes: int | list[int]) -> None:
+    model = build(SwAV)
+    model.prototypes = heads.SwaVPrototypes(Z, n_prototypes)
+    swap_head(model, "simclr_plain", output_dim=6)
+    expected = heads.SwaVPrototypes(6, n_prototypes)
+    assert repr(model.prototypes) == repr(expected)
+    given = model.prototypes(torch.rand(2, 6))
+    assert isinstance(given, list) is isinstance(n_prototypes, list)
+    model.prototypes.normalize()
+
+
+def test_smog_prototypes_keep_their_momentum_and_unit_rows() -> None:
+    model = build(SMoG)
+    swap_head(model, "simclr_plain", output_dim=6)
+    assert model.prototypes.beta == 0.99
+    features = model.prototypes.group_features
+    assert not features.requires_grad
+    assert torch.allclose(features.norm(dim=1), torch.ones(6))
+
+
+def test_the_prototypes_of_msn_are_trained_and_averages_forgotten() -> None:
+    model = build(MSN)
+    optimizer = torch.optim.SGD([model.prototypes, *model.anchor_projection_head.parameters()], 0.1)
+    swap = swap_head(model, "simclr_plain", output_dim=6, optimizer=optimizer)
+    assert isinstance(model.prototypes, nn.Parameter)
+    assert optimizer.param_groups[0]["params"][0] is model.prototypes
+    swap.restore()
+    assert optimizer.param_groups[0]["params"][0] is model.prototypes
+
+    dino = build(DINO)
+    dino.loss(*torch.randn(2, BATCH, 3, 3, C))
+    assert dino.criterion.center.any()
+    swap_head(dino, "simclr_plain", output_dim=6)
+    assert torch.equal(dino.criterion.center, torch.zeros(1, 1, 6))
+
+
+# losses and banks that the user's script holds
+
+
+def lone(pattern: type[Model], *names: str) -> tuple[Model, dict[str, nn.Module]]:
+    """A model whose losses and banks are variables of the script, as in lightly's examples."""
+    model = build(pattern)
+    taken = {name: getattr(model, name) for name in names}
+    for name, module in taken.items():
+        delattr(model, name)
+        vars(model)[name] = module  # the training step finds it; it is no part of the model
+    return model, taken
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "rebuilt"),
+    [
+        (MoCo, ["criterion"], ["outside.0.memory_bank"]),
+        (NNCLR, ["criterion", "memory_bank"], ["prediction_head", "outside.1"]),
+        (NNCLR, ["prediction_head", "memory_bank"], ["outside.0", "outside.1"]),
+        (SMoG, ["memory_bank", "prototypes"], ["prediction_head", "outside.0", "outside.1"]),
+        (SwAVQueue, ["queues"], ["prototypes", "outside.0.0", "outside.0.1"]),
+        (SwAV, ["prototypes"], ["outside.0"]),
+        (DINO, ["criterion"], ["outside.0"]),
+        (IBOT, ["criterion", "patch_criterion"], ["outside.0", "outside.1.center"]),
+        (TiCo, ["criterion"], ["outside.0"]),
+    ],
+)
+def test_what_the_script_holds_follows_and_stays_the_same_object(
+    pattern: type[Model], names: list[str], rebuilt: list[str]
+) -> None:
+    model, taken = lone(pattern, *names)
+    if pattern is TiCo:
+        model.loss(*torch.randn(2, BATCH, 3, 3, C))
+    before = {
+        name: [(p, id(t), t.clone()) for p, t in module.state_dict().items()]
+        for name, module in taken.items()
+    }
+    contents = {name: vars(module) for name, module in taken.items()}
+    outside = list(taken.values())
+    swap = swap_head(model, "simclr_plain", pattern.slot, output_dim=6, outside=outside)
+    assert list(swap.report.rebuilt) == rebuilt
+    assert all(getattr(model, name) is module for name, module in taken.items())
+    train(model, swap.head, swap.twin)
+    swap.restore()
+    assert all(vars(module) is contents[name] for name, module in taken.items())
+    for name, module in taken.items():
+        now = module.state_dict()
+        assert all(torch.equal(now[p], t) for p, _, t in before[name])
+    old = model.get_submodule(pattern.path)
+    train(model, old, model.get_submodule(pattern.twin) if pattern.twin else None, steps=1)
+
+
+def test_a_loss_of_the_script_that_is_not_passed_fails_loudly() -> None:
+    model, _ = lone(MoCo, "criterion")
+    swap = swap_head(model, "simclr_plain", output_dim=6)
+    assert any("outside=[...]" in note for note in swap.report.notes)
+    with pytest.raises(RuntimeError):
+        model.loss(*torch.randn(2, BATCH, 3, 3, C))
+
+
+def test_a_loss_of_the_script_that_holds_no_width_stays_and_is_noted() -> None:
+    model, taken = lone(SimCLR, "criterion")
+    content = vars(taken["criterion"])
+    swap = swap_head(model, "simclr_plain", output_dim=6, outside=taken["criterion"])
+    assert vars(taken["criterion"]) is content
+    assert any("NTXentLoss in outside holds nothing of 8 features" in n for n in swap.report.notes)
 
 
 @pytest.mark.parametrize(
@@ -708,8 +862,14 @@ def test_the_last_layer_of_a_dino_head_can_be_kept() -> None:
     assert model.teacher_head.layers is swap.twin
     assert [d.path for d in swap.report.slot.dependents] == ["student_head.last_layer"]
     train(model, model.student_head, model.teacher_head)
-    with pytest.raises(DimensionError, match="last_layer"):
-        swap_head(model, "simclr_plain", slot="student_head.layers", output_dim=7)
+    swap = swap_head(model, "simclr_plain", slot="student_head.layers", output_dim=7)
+    assert swap.report.rebuilt == ("student_head.last_layer", "teacher_head.last_layer")
+    ours, theirs = model.student_head.last_layer, model.teacher_head.last_layer
+    assert ours.weight_v.shape == (Z, 7)
+    assert torch.equal(ours.weight_v, theirs.weight_v)
+    assert (ours.weight_g == 1).all()
+    assert (ours.weight_g.requires_grad, ours.weight_v.requires_grad) == (False, True)
+    train(model, model.student_head, model.teacher_head)
 
 
 def test_a_dino_head_can_be_put_in_with_its_twin() -> None:
@@ -764,18 +924,38 @@ def test_lightlys_base_class_is_named_by_its_attribute() -> None:
     assert [s.role for s in find_slots(model)] == ["projection", "prediction"]
 
 
-def test_the_loss_state_of_tico_counts_once_it_is_there() -> None:
+def test_the_loss_state_of_tico_is_forgotten_and_made_by_the_next_batch() -> None:
     model = build(TiCo)
     model.loss(*torch.randn(2, BATCH, 3, 3, C))
-    with pytest.raises(DimensionError, match=r"criterion \(loss state, made for 8\)"):
-        swap_head(model, "simclr_plain", output_dim=5)
+    criterion, old = model.criterion, model.criterion.C
+    swap = swap_head(model, "simclr_plain", output_dim=5)
+    assert swap.report.rebuilt == ("criterion",)
+    assert model.criterion.C is None
+    assert (model.criterion.beta, model.criterion.rho) == (criterion.beta, criterion.rho)
+    train(model, swap.head, swap.twin)
+    assert model.criterion.C.shape == (5, 5)
+    swap.restore()
+    assert model.criterion is criterion
+    assert criterion.C is old
 
 
-def test_whitening_depends_on_the_width() -> None:
+def test_whitening_follows_the_width_as_far_as_its_slices_allow() -> None:
     model = build(SimCLR)
-    model.criterion = losses.WMSELoss(embedding_dim=Z, w_size=16)
-    with pytest.raises(DimensionError, match="whitening, made for 8"):
-        swap_head(model, "simclr_plain", output_dim=5)
+    model.criterion = losses.WMSELoss(embedding_dim=Z, w_size=20, eps=0.1, momentum=0.2)
+    swap = swap_head(model, "simclr_plain", output_dim=10)
+    assert swap.report.rebuilt == ("criterion.whitening",)
+    expected = losses.WMSELoss(embedding_dim=10, w_size=20, eps=0.1, momentum=0.2).whitening
+    new = model.criterion.whitening
+    assert vars(new).keys() == vars(expected).keys()
+    assert (new.num_features, new.eps, new.momentum) == (10, 0.1, 0.2)
+    assert torch.equal(new.running_variance, torch.eye(10))
+    assert model.criterion(torch.randn(40, 10)).isfinite()
+    swap.restore()
+    with (
+        unchanged(model),
+        pytest.raises(DimensionError, match=r"whitening, made for 8\): 10 is the widest"),
+    ):
+        swap_head(model, "simclr_plain", output_dim=11)
 
 
 def test_the_frozen_embedding_outlasts_everything_bit_for_bit() -> None:
@@ -929,7 +1109,7 @@ def test_a_lightning_module_can_swap_before_its_optimiser_exists(pl: Any, where:
 def test_a_trainer_that_has_its_optimiser_is_refused_with_advice(pl: Any) -> None:
     model = lightning_model(pl, "on_train_start")
     trainer = fit(pl, model)
-    assert "already holds the parameters of" in str(model.error)
+    assert "would not train the new parameters of" in str(model.error)
     assert "Swap before trainer.fit(), or pass optimizer=" in str(model.error)
     with unchanged(model), pytest.raises(SlotError, match=r"trainer\.optimizers\[0\]"):
         swap_head(model, "simclr_plain")
@@ -937,6 +1117,6 @@ def test_a_trainer_that_has_its_optimiser_is_refused_with_advice(pl: Any) -> Non
     held = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
     assert held >= {id(p) for p in swap.head.parameters()}
     wrong = torch.optim.SGD(swap.head.parameters(), lr=0.1)
-    with pytest.raises(SlotError, match="already holds"):
+    with pytest.raises(SlotError, match="already exists"):
         swap_head(model, "simclr_plain", optimizer=wrong)
     assert math.isfinite(model.model.loss(*torch.randn(2, BATCH, 3, 3, C)).item())

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-OVERLAY = ROOT / ".solo"
-CLONE = os.environ.get("SOLO_LEARN_HOME", "")
-
 H, HID, O, P, BATCH = 512, 24, 16, 20, 8  # noqa: E741 - solo-learn's own letters
 AE = 12
+WIDTH = 24  # another output width
 
 # per method: its options, the dependents of its projector, its EMA twin
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -44,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mocov3": {"pred_hidden_dim": P, "temperature": 0.2},
     "ressl": {"temperature_q": 0.1, "temperature_k": 0.04, "queue_size": 32},
     "swav": {"num_prototypes": 30, "sk_iters": 3, "sk_epsilon": 0.05, "temperature": 0.1,
-             "queue_size": 32, "epoch_queue_starts": 15, "freeze_prototypes_epochs": 1},
+             "queue_size": 32, "epoch_queue_starts": 15, "freeze_prototypes_epochs": 0},
     "deepclusterv2": {"num_prototypes": [5, 5], "temperature": 0.1, "kmeans_iters": 2},
     "dino": {"num_prototypes": 30, "use_bn_in_head": False, "norm_last_layer": True,
              "clip_grad": 0.0, "freeze_last_layer": 0, "student_temperature": 0.1,
@@ -62,62 +57,34 @@ DEPENDENTS: dict[str, list[str]] = {
     "mocov2plus": ["queue"],
     "mocov3": ["predictor"],
     "ressl": ["queue"],
-    "swav": ["prototypes"],
-    "deepclusterv2": ["prototypes"],
+    "swav": ["proj_output_dim", "prototypes"],
+    "deepclusterv2": ["proj_output_dim", "prototypes"],
     "dino": ["head.last_layer"],
     "all4one": ["predictor", "predictor2", "queue", "transformer_encoder"],
+}
+TOO_WIDE = {  # a width that the method cannot take, and why
+    "wmse": (8, "whitening (whitening, made for 4): 7 is the widest"),
+    "all4one": (20, "transformer_encoder (transformer, made for 16): its 8 attention heads"),
 }
 EMA = ("byol", "nnbyol", "mocov2plus", "mocov3", "ressl", "dino", "all4one")
 MAIN_ONLY = ("supcon", "vibcreg", "mocov3", "all4one")
 NEEDS_SHIMS = ["wmse", "byol", "nnbyol", "mocov2plus", "ressl", "dino"]  # see `apply_shims`
 RELEASED = [m for m in OPTIONS if m not in (*MAIN_ONLY, *NEEDS_SHIMS)] + NEEDS_SHIMS
+WITH_LARS = ["simclr", "byol", "swav"]
 TRAINED_ON_MAIN = ["simclr", "byol", "dino", "swav", "mocov3", "vibcreg", "all4one"]
 
 
 # the tests
 
 
-def run(group: str, home: Path) -> dict[str, Any]:
-    """Runs this file as a script and returns what it found."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(home), str(ROOT), str(ROOT / "adapters")]),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, group],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-needs_release = pytest.mark.skipif(
-    not (OVERLAY / "solo").is_dir(),
-    reason="solo-learn 1.0.2 is not in .solo; `make .solo/ready` (part of `make test`) puts it "
-    "there",
-)
-needs_main = pytest.mark.skipif(
-    not (Path(CLONE) / "solo").is_dir() or not CLONE,
-    reason="set SOLO_LEARN_HOME to a clone of solo-learn main: "
-    "git clone https://github.com/vturrisi/solo-learn",
-)
+@pytest.fixture(scope="module")
+def on_release(run_on_solo: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
+    return run_on_solo(__file__, "release")
 
 
 @pytest.fixture(scope="module")
-def on_release() -> dict[str, Any]:
-    return run("release", OVERLAY)
-
-
-@pytest.fixture(scope="module")
-def on_main() -> dict[str, Any]:
-    return run("main", Path(CLONE))
+def on_main(run_on_solo: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
+    return run_on_solo(__file__, "main")
 
 
 def assert_structure(found: dict[str, Any], method: str) -> None:
@@ -131,43 +98,61 @@ def assert_structure(found: dict[str, Any], method: str) -> None:
     assert sorted(found["dependents"]) == DEPENDENTS.get(method, [])
     for check in ("in_place", "twin_equal", "random_state_kept", "restored", "untouched"):
         assert found[check], check
-    if method in DEPENDENTS:
-        assert "DimensionError" in found["refusal"]
-        for words in (*DEPENDENTS[method], f"made for {output_dim}", f"gives {output_dim - 2}"):
+    if method in TOO_WIDE:
+        width, reason = TOO_WIDE[method]
+        for words in ("DimensionError", f"gives {width} features instead of {output_dim}", reason):
             assert words in found["refusal"]
-    else:
-        assert found["refusal"] is None
+        for other in set(DEPENDENTS[method]) - {reason.partition(" ")[0]}:
+            assert f"{other} (" not in found["refusal"]
     if method in EMA:
         assert f"slot='{found['path']}'" in found["copy_refused"]
+
+
+def assert_width(found: dict[str, Any], method: str) -> None:
+    """With another width, all but the projector is as solo-learn itself builds it."""
+    twins = ["momentum_head.last_layer"] if method == "dino" else []
+    assert sorted(found["rebuilt"]) == sorted([*DEPENDENTS.get(method, []), *twins])
+    for key in ("keys", "tensors", "modules", "numbers", "unit", "pairs", "groups", "options"):
+        ours, fresh = found[key]
+        assert ours == fresh, key
+    normed = {"queue", "prototypes", "head.last_layer"} & set(found["rebuilt"])
+    if (method, found["version"]) != ("swav", "release"):  # the release leaves their lengths free
+        assert any(found["unit"][0].values()) is bool(normed)
+    assert found["spread"] == []
+    for check in ("untouched", "twins_equal", "random_state_kept", "restored"):
+        assert found[check], check
 
 
 def assert_training(found: dict[str, Any], method: str) -> None:
     """Two real steps train the new head and nothing that is frozen."""
     assert found["steps"] == 2
     assert found["finite"]
-    assert found["moved"]
     assert found["unmoved"] == []
     assert found["embedding_kept"]
     assert found["ema_updates"] == (2 if method in EMA else 0)
     assert found["ema_exact"]
-    assert "trainer's optimiser already holds" in str(found["refused_in_fit"])
+    assert "trainer's optimiser already exists" in str(found["refused_in_fit"])
     assert found["restored"]
 
 
-@needs_release
+def assert_memory(found: dict[str, Any], method: str) -> None:
+    """What solo-learn registers when training starts has the new width as well."""
+    memory = {"swav": {"queue": [2, 32, WIDTH]},
+              "deepclusterv2": {"local_memory_embeddings": [2, 2 * BATCH, WIDTH]}}  # fmt: skip
+    assert found["memory"].items() >= memory.get(method, {}).items()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", RELEASED)
 def test_released_methods_are_described_and_swapped(on_release: Any, method: str) -> None:
     assert_structure(on_release[method], method)
 
 
-@needs_release
 @pytest.mark.slow
 def test_every_released_method_is_tested(on_release: Any) -> None:
     assert set(on_release["METHODS"]) == {*RELEASED, "base", "linear"}
 
 
-@needs_release
 @pytest.mark.slow
 def test_released_methods_without_a_projector_are_refused(on_release: Any) -> None:
     assert "trains a classifier and has no projector" in on_release["linear"]
@@ -175,56 +160,80 @@ def test_released_methods_without_a_projector_are_refused(on_release: Any) -> No
     assert on_release["own method"] == ["projector", "momentum_projector", ["predictor"]]
 
 
-@needs_release
 @pytest.mark.slow
 @pytest.mark.parametrize("method", RELEASED)
 def test_released_methods_train_with_the_new_head(on_release: Any, method: str) -> None:
     assert_training(on_release[f"{method}, training"], method)
+    assert on_release[f"{method}, training"]["moved"]
 
 
-@needs_release
 @pytest.mark.slow
-def test_a_wider_projection_trains_where_nothing_depends_on_it(on_release: Any) -> None:
-    for method in ("simclr", "barlow_twins", "vicreg"):
-        assert_training(on_release[f"{method}, other width"], method)
+@pytest.mark.parametrize("method", RELEASED)
+def test_released_methods_take_another_width(on_release: Any, method: str) -> None:
+    assert_width(on_release[f"{method}, width"], method)
+    assert_training(on_release[f"{method}, other width"], method)
+    assert_memory(on_release[f"{method}, other width"], method)
 
 
-@needs_main
 @pytest.mark.slow
 @pytest.mark.parametrize("method", OPTIONS)
 def test_methods_of_main_are_described_and_swapped(on_main: Any, method: str) -> None:
     assert_structure(on_main[method], method)
 
 
-@needs_main
 @pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED_ON_MAIN)
 def test_methods_of_main_train_with_the_new_head(on_main: Any, method: str) -> None:
     assert_training(on_main[f"{method}, training"], method)
+    assert on_main[f"{method}, training"]["moved"]
 
 
-@needs_main
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OPTIONS)
+def test_methods_of_main_take_another_width(on_main: Any, method: str) -> None:
+    assert_width(on_main[f"{method}, width"], method)
+    assert_training(on_main[f"{method}, other width"], method)
+    assert_memory(on_main[f"{method}, other width"], method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["ae_embedding", "reweighting"])
+@pytest.mark.parametrize("method", WITH_LARS)
+def test_frozen_and_free_heads_train_with_lars(on_main: Any, method: str, head: str) -> None:
+    found = on_main[f"{method}, {head}, lars"]
+    assert_training(found, method)
+    assert found["optimizer"] == "LARS"
+    assert bool(found["moved"]) is (head == "ae_embedding" or method in DEPENDENTS)
+
+
+@pytest.mark.slow
+def test_the_iternorm_of_vibcreg_stays_at_the_end_of_its_projector(on_main: Any) -> None:
+    found = on_main["vibcreg with iternorm"]
+    assert found["same width"] == found["fresh, same width"]
+    assert found["new width"] == found["fresh, new width"]
+    assert found["swapped again"] == ["IterNorm"]
+    assert found["dims"] == [H, 96]
+    assert found["restored"]
+    assert_training(found["training"], "vibcreg")
+
+
 @pytest.mark.slow
 def test_what_main_has_without_a_projector_is_refused(on_main: Any) -> None:
     assert set(on_main["METHODS"]) == {*OPTIONS, "base", "linear", "mae"}
     assert "trains a decoder and has no projector" in on_main["mae"]
-    assert "iternorm=False" in on_main["vibcreg with iternorm"]
 
 
 # the script
 
 
-def check_structure(model: Any) -> dict[str, Any]:
-    """What the slot is, and whether swaps keep to their promises."""
+def unchanged(model: Any) -> Callable[[], bool]:
+    """Says whether a model still has the same modules, tensors, values and numbers."""
     import torch
 
-    from headplug import find_slots, swap_head
-    from headplug.errors import HeadplugError
-
-    (slot,) = find_slots(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    random = torch.get_rng_state()
+    held = {k: id(v) for k, v in (*model.named_parameters(), *model.named_buffers())}
+    width = getattr(model, "proj_output_dim", None)
 
     def same() -> bool:
         now = dict(model.named_modules(remove_duplicate=False))
@@ -234,7 +243,23 @@ def check_structure(model: Any) -> dict[str, Any]:
             and all(now[p] is m for p, m in modules.items())
             and list(after) == list(state)
             and all(torch.equal(after[k], v) for k, v in state.items())
+            and held == {k: id(v) for k, v in (*model.named_parameters(), *model.named_buffers())}
+            and width == getattr(model, "proj_output_dim", None)
         )
+
+    return same
+
+
+def check_structure(model: Any, name: str) -> dict[str, Any]:
+    """What the slot is, and whether swaps keep to their promises."""
+    import torch
+
+    from headplug import find_slots, swap_head
+    from headplug.errors import HeadplugError
+
+    (slot,) = find_slots(model)
+    random = torch.get_rng_state()
+    same = unchanged(model)
 
     def refusal(**arguments: Any) -> str | None:
         try:
@@ -248,7 +273,7 @@ def check_structure(model: Any) -> dict[str, Any]:
         "dims": [slot.input_dim, slot.output_dim],
         "twin": slot.twin,
         "dependents": [d.path for d in slot.dependents],
-        "refusal": refusal(output_dim=slot.output_dim - 2),
+        "refusal": refusal(output_dim=TOO_WIDE[name][0]) if name in TOO_WIDE else None,
         "copy_refused": refusal(slot=slot.twin) if slot.twin else None,
     }
     found["untouched"] = same()
@@ -271,7 +296,93 @@ def check_structure(model: Any) -> dict[str, Any]:
     return found
 
 
-def check_training(model: Any, pl: Any, **options: Any) -> dict[str, Any]:
+def width_of(name: str) -> int:
+    return 6 if name == "wmse" else WIDTH
+
+
+def check_width(name: str, build: Callable[..., Any]) -> dict[str, Any]:
+    """What a swap to another width makes, beside what solo-learn itself builds for that width."""
+    import torch
+    from torch import nn
+
+    from headplug import find_slots, swap_head
+
+    torch.manual_seed(0)
+    model, fresh = build(name), build(name, proj_output_dim=width_of(name))
+    (slot,) = find_slots(model)
+    same, random = unchanged(model), torch.get_rng_state()
+    options = {"hidden_dim": HID, "output_dim": width_of(name)}
+    swap_head(model, "simclr_plain", dry_run=True, **options)
+    untouched = same()
+    swap = swap_head(model, "simclr_plain", **options)
+    rebuilt = [p for p in swap.report.rebuilt if p != "proj_output_dim"]
+    heads = tuple(f"{path}." for path in (slot.path, slot.twin) if path)
+    pair = (model, fresh)
+
+    def tensors(of: Any) -> dict[str, Any]:
+        held = (*of.named_parameters(), *of.named_buffers())
+        return {n: t for n, t in held if not n.startswith(heads)}
+
+    def followers(of: Any) -> dict[str, Any]:
+        return {n: t for n, t in tensors(of).items()
+                if any(n == p or n.startswith(f"{p}.") for p in rebuilt)}  # fmt: skip
+
+    def value(of: Any, path: str) -> Any:
+        holder, _, last = path.rpartition(".")
+        return getattr(of.get_submodule(holder), last)
+
+    def groups(of: Any) -> list[Any]:
+        own = {id(p) for h in heads for p in of.get_submodule(h[:-1]).parameters()}
+        return [
+            [list(p.shape) for p in g["params"] if id(p) not in own] for g in of.learnable_params
+        ]
+
+    spread = []
+    for key, old in followers(fresh).items():
+        new = followers(model)[key].detach()
+        if new.is_floating_point() and new.numel() > 100:
+            if not 0.8 < float((new.std() + 1e-9) / (old.std() + 1e-9)) < 1.25:
+                spread.append([key, float(new.std()), float(old.std())])
+            if old.ndim == 2 and new.abs().max() > 1.2 * old.abs().max():
+                spread.append([key, float(new.abs().max()), float(old.abs().max())])
+    found = {
+        "version": "release" if build is released else "main",
+        "rebuilt": list(swap.report.rebuilt),
+        "keys": [list(tensors(m)) for m in pair],
+        "tensors": [{n: [list(t.shape), str(t.dtype), t.requires_grad, t.is_leaf]
+                     for n, t in tensors(m).items()} for m in pair],
+        "modules": [{p: repr(value(m, p)) for p in rebuilt
+                     if isinstance(value(m, p), nn.Module)} for m in pair],
+        "numbers": [getattr(m, "proj_output_dim", None) for m in pair],
+        "unit": [{n: [i for i in range(t.ndim) if unit(t, i)]
+                  for n, t in followers(m).items()} for m in pair],
+        "pairs": [[len(list(a.parameters())) == len(list(b.parameters()))
+                   for a, b in getattr(m, "momentum_pairs", [])] for m in pair],
+        "groups": [groups(m) for m in pair],
+        "options": [[{k: v for k, v in g.items() if k != "params"} for g in m.learnable_params]
+                    for m in pair],
+        "spread": spread,
+        "untouched": untouched,
+        "twins_equal": all(
+            torch.equal(a, b) and a is not b and not b.requires_grad
+            for d in find_slots(model)[0].dependents if d.twin
+            for a, b in zip(model.get_submodule(d.path).parameters(),
+                            model.get_submodule(d.twin).parameters(), strict=True)
+        ),
+        "random_state_kept": torch.equal(torch.get_rng_state(), random),
+    }  # fmt: skip
+    swap.restore()
+    return {**found, "restored": same()}
+
+
+def unit(tensor: Any, axis: int) -> bool:
+    lengths = tensor.detach().float().norm(dim=axis)
+    return bool(tensor.ndim > 1 and ((lengths - 1).abs() < 1e-5).all())
+
+
+def check_training(
+    model: Any, pl: Any, head: str = "ae_embedding", **options: Any
+) -> dict[str, Any]:
     """Two steps under the host's own trainer, with the frozen AE layer in the head."""
     import torch
 
@@ -282,8 +393,13 @@ def check_training(model: Any, pl: Any, **options: Any) -> dict[str, Any]:
     weight = torch.randn(AE, H, generator=generator) / 20
     bias = torch.randn(AE, generator=generator)
     old = dict(model.named_modules(remove_duplicate=False))
-    swap = swap_head(model, "ae_embedding", weights=(weight, bias), **options)
-    start = {n: p.detach().clone() for n, p in swap.head.named_parameters()}
+    embedding = {"weights": (weight, bias)} if head == "ae_embedding" else {}
+    swap = swap_head(model, head, **embedding, **options)
+    followers = tuple(f"{path}." for path in (*swap.report.paths, *swap.report.rebuilt))
+    trained = {
+        n: p for n, p in model.named_parameters() if n.startswith(followers) and p.requires_grad
+    }
+    start = {n: p.detach().clone() for n, p in trained.items()}
     found: dict[str, Any] = {"ema_updates": 0, "ema_exact": True, "refused_in_fit": None}
     losses: list[Any] = []
 
@@ -330,12 +446,13 @@ def check_training(model: Any, pl: Any, **options: Any) -> dict[str, Any]:
     )  # fmt: skip
     trainer.fit(model, torch.utils.data.DataLoader(Views(), batch_size=BATCH))
 
-    moved = {n: not torch.equal(p, start[n]) for n, p in swap.head.named_parameters()}
+    moved = {n: not torch.equal(p, start[n]) for n, p in trained.items()}
     kept = [
         torch.equal(h.embedding.weight, weight) and torch.equal(h.embedding.bias, bias)
         for h in (swap.head, swap.twin)
-        if h is not None
+        if h is not None and embedding
     ]
+    memory = {n: list(b.shape) for n, b in model.named_buffers()}
     swap.restore()
     now = dict(model.named_modules(remove_duplicate=False))
     return {
@@ -345,11 +462,13 @@ def check_training(model: Any, pl: Any, **options: Any) -> dict[str, Any]:
         "moved": [n for n, yes in moved.items() if yes],
         "unmoved": [n for n, yes in moved.items() if not yes and not n.endswith("bias")],
         "embedding_kept": all(kept),
+        "memory": {n: memory[n] for n in ("queue", "local_memory_embeddings") if n in memory},
+        "optimizer": type(trainer.optimizers[0]).__name__.removeprefix("Lightning"),
         "restored": all(now[p] is m for p, m in old.items() if p in now),
     }
 
 
-def released(name: str) -> Any:
+def released(name: str, **options: Any) -> Any:
     """A method of release 1.0.2 with tiny dims."""
     from solo.methods import METHODS
 
@@ -363,10 +482,14 @@ def released(name: str) -> Any:
         "base_tau_momentum": 0.9, "final_tau_momentum": 1.0, "momentum_classifier": False,
         "proj_hidden_dim": HID, "proj_output_dim": O,
     }  # fmt: skip
-    return METHODS[name](**{**arguments, **OPTIONS[name]})
+    return METHODS[name](**{**arguments, **OPTIONS[name], **options})
 
 
-def of_main(name: str, **options: Any) -> Any:
+LARS = {"name": "lars", "exclude_bias_n_norm_wd": True, "weight_decay": 1e-4,
+        "kwargs": {"eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}}  # fmt: skip
+
+
+def of_main(name: str, lars: bool = False, **options: Any) -> Any:
     """A method of main, from a config as its own scripts make it."""
     from omegaconf import OmegaConf
     from solo.methods import METHODS
@@ -378,7 +501,8 @@ def of_main(name: str, **options: Any) -> Any:
                  "num_small_crops": 0},
         "max_epochs": 1,
         "optimizer": {"name": "sgd", "batch_size": BATCH, "lr": 0.1, "weight_decay": 0.0,
-                      "classifier_lr": 0.1, "kwargs": {"momentum": 0.9}},
+                      "classifier_lr": 0.1, "kwargs": {"momentum": 0.9},
+                      **(LARS if lars else {})},
         "scheduler": {"name": "none"},
         "momentum": {"base_tau": 0.9, "final_tau": 1.0, "classifier": False},
         "method_kwargs": {"proj_hidden_dim": HID, "proj_output_dim": O, **OPTIONS.get(name, {}),
@@ -415,11 +539,11 @@ def group_release() -> dict[str, Any]:
             apply_shims(pl)
         torch.manual_seed(0)
         model = released(name)
-        found[name] = check_structure(model)
+        found[name] = check_structure(model, name)
         found[f"{name}, training"] = check_training(model, pl)
-        if name not in DEPENDENTS:
-            again = check_training(released(name), pl, output_dim=O + 4)
-            found[f"{name}, other width"] = again
+        found[f"{name}, width"] = check_width(name, released)
+        again = check_training(released(name), pl, output_dim=width_of(name))
+        found[f"{name}, other width"] = again
     own = Own.__new__(Own)
     nn.Module.__init__(own)
     own.encoder = nn.Linear(4, H)
@@ -463,16 +587,49 @@ def group_main() -> dict[str, Any]:
     for name in OPTIONS:
         torch.manual_seed(0)
         model = of_main(name)
-        found[name] = check_structure(model)
+        found[name] = check_structure(model, name)
         if name in TRAINED_ON_MAIN:
             found[f"{name}, training"] = check_training(model, pl)
-    found["vibcreg with iternorm"] = refusal(of_main("vibcreg", iternorm=True, proj_output_dim=64))
+        found[f"{name}, width"] = check_width(name, of_main)
+        again = check_training(of_main(name), pl, output_dim=width_of(name))
+        found[f"{name}, other width"] = again
+    for name in WITH_LARS:
+        for head, width in {"ae_embedding": WIDTH, "reweighting": H}.items():
+            again = check_training(of_main(name, lars=True), pl, head, output_dim=width)
+            found[f"{name}, {head}, lars"] = again
+    found["vibcreg with iternorm"] = check_iternorm(pl)
     mae = METHODS["mae"]
     model = mae.__new__(mae)
     torch.nn.Module.__init__(model)
     model.backbone, model.decoder = torch.nn.Linear(4, H), torch.nn.Linear(H, 4)
     found["mae"] = refusal(model)
     return found
+
+
+def check_iternorm(pl: Any) -> dict[str, Any]:
+    """VIbCReg with its whitening layer, which belongs to the method and not to the head."""
+    from headplug import find_slots, swap_head
+
+    def last(model: Any) -> list[Any]:
+        module = list(model.projector)[-1]
+        return [repr(module), {n: list(t.shape) for n, t in module.state_dict().items()}]
+
+    model, fresh = (of_main("vibcreg", iternorm=True, proj_output_dim=z) for z in (64, 96))
+    same = unchanged(model)
+    found: dict[str, Any] = {"fresh, same width": last(model), "fresh, new width": last(fresh)}
+    with swap_head(model, "simclr_plain"):
+        found["same width"] = last(model)
+    first = swap_head(model, "simclr_plain", output_dim=96)
+    found["new width"] = last(model)
+    (slot,) = find_slots(model)
+    found["dims"] = [slot.input_dim, slot.output_dim]
+    second = swap_head(model, "simclr_plain", hidden_dim=5)
+    norms = [type(m).__name__ for m in model.projector.modules() if "Iter" in type(m).__name__]
+    found["swapped again"] = norms
+    second.restore()
+    first.restore()
+    found["restored"] = same()
+    return {**found, "training": check_training(model, pl, output_dim=96)}
 
 
 if __name__ == "__main__":
