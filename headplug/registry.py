@@ -14,11 +14,12 @@ import inspect
 import re
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
+from headplug.annotations import fits, spell, unquoted
 from headplug.errors import OptionError, unknown
 
 Builder = Callable[..., Any]
@@ -61,11 +62,14 @@ class Entry:
 
     @property
     def shared(self) -> list[inspect.Parameter]:
-        """What finish takes besides what was built; a builder that takes any option gets all."""
+        """What finish takes besides what was built and its name.
+
+        A builder that takes any option gets them all itself.
+        """
         if self.finish is None or any(p.kind is p.VAR_KEYWORD for p in _parameters(self.builder)):
             return []
         own = {p.name for p in _parameters(self.builder)}
-        return [p for p in _parameters(self.finish)[1:] if p.name not in own]
+        return [p for p in _parameters(self.finish)[2:] if p.name not in own]
 
     @property
     def open_ended(self) -> bool:
@@ -107,10 +111,10 @@ class Entry:
             hint, default = parameters[name].annotation, parameters[name].default
             if hint is inspect.Parameter.empty or (value is None and default is None):
                 continue
-            if not _fits(value, hint):
+            if not fits(value, hint):
                 raise OptionError(
-                    f"{self.name}: {name} must be {_spell(hint)}, not {value!r} "
-                    f"({type(value).__name__})."
+                    f"{self.name}: {name} must be {spell(hint)}, not {value!r} "
+                    f"({type(value).__name__}).{unquoted(value, hint)}"
                 )
 
     def bind(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +136,7 @@ class Entry:
         last = {p.name for p in self.shared}
         built = self.builder(**{k: v for k, v in options.items() if k not in last})
         if self.finish is not None:
-            self.finish(built, **{k: v for k, v in options.items() if k in last})
+            self.finish(built, self.name, **{k: v for k, v in options.items() if k in last})
         return built
 
 
@@ -145,8 +149,8 @@ class Registry:
             class, which is registered under the entry point's name, to a function, which is
             called, or to a module, whose import registers.
         listing: How a user lists the names, for messages.
-        finish: Called on everything that is built, with those of its options that the builder does
-            not take itself; so every entry has them.
+        finish: Called on everything that is built, with its name and those of its options that the
+            builder does not take itself; so every entry has them.
 
     >>> shapes = Registry("shape")
     >>> _ = shapes.register("square", lambda side=1: side**2, summary="a square")
@@ -283,42 +287,3 @@ def _parameters(builder: Builder) -> list[inspect.Parameter]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, as far as options need it."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _fits(value, args[0])
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is Literal:
-        return any(value == a and type(value) is type(a) for a in args)
-    kind = origin or hint
-    if kind in (int, float):
-        allowed = (int, float) if kind is float else int
-        return isinstance(value, allowed) and not isinstance(value, bool)
-    if not inspect.isclass(kind):
-        return True
-    if issubclass(kind, Sequence) and not issubclass(kind, (str, bytes)):  # JSON has lists only
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            return False
-        if kind is tuple and args and args[-1] is not Ellipsis:
-            return len(value) == len(args) and all(map(_fits, value, args))
-        return all(_fits(v, a) for v in value for a in args[:1])
-    try:
-        return isinstance(value, kind)
-    except TypeError:  # protocols, typed dicts, Any
-        return True
-
-
-def _spell(hint: Any) -> str:
-    """An annotation in words."""
-    args = get_args(hint)
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(a) for a in args)
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_spell(a) for a in args)
-    if hint is type(None):
-        return "None"
-    return str(getattr(hint, "__name__", hint)) if not args else str(hint)

@@ -24,7 +24,20 @@ MISSING = {
 
 
 @pytest.fixture(scope="session")
-def run_on_solo() -> Callable[[str, str], dict[str, Any]]:
+def solo_home() -> Callable[[str], Path]:
+    """Where a version of solo-learn is, "release" or "main"; skips the test where it is not."""
+
+    def home(version: str) -> Path:
+        folder = {"release": OVERLAY, "main": CLONE}[version]
+        if not (folder / "solo").is_dir():
+            pytest.skip(MISSING[version])
+        return folder
+
+    return home
+
+
+@pytest.fixture(scope="session")
+def run_on_solo(solo_home: Callable[[str], Path]) -> Callable[[str, str], dict[str, Any]]:
     """Runs a test file as a script on a version of solo-learn, "release" or "main".
 
     The release needs other versions of its libraries than the rest, hence a process of its own. The
@@ -32,9 +45,7 @@ def run_on_solo() -> Callable[[str, str], dict[str, Any]]:
     """
 
     def run(file: str, version: str) -> dict[str, Any]:
-        home = {"release": OVERLAY, "main": CLONE}[version]
-        if not (home / "solo").is_dir():
-            pytest.skip(MISSING[version])
+        home = solo_home(version)
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, [home, ROOT, ROOT / "adapters"])),

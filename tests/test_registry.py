@@ -149,7 +149,7 @@ class TestNames:
         assert {
             "mlp", "ae_embedding", "reweighting", "identity", "simclr", "simclr_plain",
         } <= set(list_heads())  # fmt: skip
-        assert list_heads("*moco*") == ["moco_v2", "moco_v3"]
+        assert list_heads("moco_v?") == ["moco_v2", "moco_v3"]
 
 
 class Sized(Protocol):
@@ -166,14 +166,19 @@ class TestOptions:
             ("num_layers", None, "int, not None"),
             ("hidden_dim", 2.5, "int or None, not 2.5"),
             ("activation", 3, "str, not 3"),
-            ("norm", "Batch", "one of 'batch', 'batch_no_affine', 'layer', 'none', not 'Batch'"),
+            ("norm", "Batch", "one of 'batch', 'batch_no_affine', .*, 'none', not 'Batch'"),
+            ("output_bias", "no", "bool, 'frozen' or None, not 'no'"),
+            ("freeze", [0], r"bool, str or list of str, not \[0\]"),
+            ("input_dim", "8", r"int, not '8' \(str\)\. Write 8 without quotes\."),
+            ("bias", "true", r"bool or None, not 'true' \(str\)\. Write True without quotes\."),
+            ("dropout", "half", r"float, not 'half' \(str\)\.$"),
             ("norm", True, "one of 'batch', .*, not True"),
             ("output_dim", [128], r"int, not \[128\]"),
         ],
     )
     def test_wrong_type_is_refused_by_name(self, option: str, value: Any, type_: str) -> None:
         with pytest.raises(OptionError, match=f"simclr: {option} must be {type_}"):
-            create_head("simclr", input_dim=8, **{option: value})
+            create_head("simclr", **{"input_dim": 8, option: value})
 
     @pytest.mark.parametrize(
         ("name", "option", "value"),

@@ -35,13 +35,16 @@ from headplug.registry import Entry, Registry
 
 
 def _finish(
-    head: object, freeze: bool | str | Sequence[str] = False, weights: Weights | None = None
+    head: object,
+    name: str,
+    freeze: bool | str | Sequence[str] = False,
+    weights: Weights | None = None,
 ) -> None:
     """What any head can be given: weights from a file or another module, then frozen layers."""
     if not isinstance(head, nn.Module):
         return  # refused by create_head
     if weights is not None:
-        head.load_state_dict(read_head(weights, head))
+        head.load_state_dict(read_head(weights, head, name))
     if isinstance(head, ProjectionHead):
         head.freeze_layers(freeze)
     else:
@@ -64,7 +67,7 @@ for _module in (ae_embedding, dino, identity, presets, prototypes, rbf, residual
 def list_heads(pattern: str = "*") -> list[str]:
     """Names of registered heads that match a glob, in natural order.
 
-    >>> list_heads("*moco*")
+    >>> list_heads("moco_v?")
     ['moco_v2', 'moco_v3']
     """
     return HEADS.names(pattern)

@@ -86,10 +86,12 @@ class ProjectionHead(nn.Module):
             DimensionError: The last dimension is not `input_dim`.
         """
         if x.shape[-1] != self.input_dim:
+            first = x.ndim > 2 and x.shape[1] == self.input_dim
             raise DimensionError(
                 f"the head {self.name!r} takes {self.input_dim} features in the last dimension; "
-                f"the input has shape {tuple(x.shape)}. Pool or flatten it, or build the head with "
-                f"input_dim={x.shape[-1]}."
+                f"the input has shape {tuple(x.shape)}. "
+                f"{'Put channels last (x.movedim(1, -1)), pool' if first else 'Pool'} or flatten "
+                f"it, or build the head with input_dim={x.shape[-1]}."
             )
         return x if x.ndim == 2 else x.reshape(-1, self.input_dim)
 
@@ -111,6 +113,7 @@ class ProjectionHead(nn.Module):
 
         Raises:
             UnknownNameError: A path matches nothing; the message shows the closest ones.
+            OptionError: What it matches has no weights.
         """
         chosen = parameters.freeze(self, what)
         self.frozen += tuple(p for p in chosen if p not in self.frozen)

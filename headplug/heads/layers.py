@@ -44,5 +44,7 @@ def hidden_paths(head: nn.Module) -> list[str]:
 
 def _starts(layer: nn.Module) -> bool:
     """Whether a layer mixes features, so that what came before it is a representation."""
+    if hasattr(layer, "running_mean"):  # a norm, whatever the shape of its weight
+        return False
     weights = (getattr(layer, name, None) for name in WEIGHTS)
     return any(w is not None and w.ndim > 1 for w in weights) or any(layer.children())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headplug.errors import unknown
+from headplug.errors import OptionError, unknown
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -61,6 +61,7 @@ def freeze(module: nn.Module, what: bool | str | Sequence[str]) -> list[str]:
 
     Raises:
         UnknownNameError: A path matches nothing; the module is left as it was.
+        OptionError: What it matches has no weights, as an activation; the same.
 
     >>> head = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> freeze(head, "0")
@@ -71,16 +72,24 @@ def freeze(module: nn.Module, what: bool | str | Sequence[str]) -> list[str]:
     if isinstance(what, bool):
         patterns = ["*"] if what else []
     else:
-        patterns = [what] if isinstance(what, str) else list(what)
+        patterns = [what] if isinstance(what, str) else list(dict.fromkeys(what))
     layers = dict(module.named_modules(remove_duplicate=False))  # "" is the module itself
     weights = dict(module.named_parameters(remove_duplicate=False))
-    buffers = [n for n, _ in module.named_buffers() if not n.endswith(STATISTICS)]
-    known = [*layers, *weights, *buffers]  # buffers: what is frozen already may be frozen again
+    buffers = [n for n, _ in module.named_buffers(remove_duplicate=False)]
+    fixed = [n for n in buffers if not n.endswith(STATISTICS)]  # may be frozen again
+    known = [*layers, *weights, *fixed]
     matched: list[str] = []
     for pattern in patterns:
         found = [name for name in known if pattern and fnmatchcase(name, pattern)]
         if not found:
-            raise unknown("layer", pattern, filter(None, known), "print(head) shows them.")
+            hint = "freeze='*' freezes the whole head; print(head) shows its layers."
+            raise unknown("layer", pattern, filter(None, known), hint)
+        if pattern != "*" and not any(_inside(n, found) for n in [*weights, *buffers]):
+            holders = {name.rpartition(".")[0] for name in [*weights, *buffers]}
+            owners = [path for path in layers if path and path in holders]
+            raise OptionError(
+                f"{pattern!r} has no weights to freeze; these layers have: {', '.join(owners)}."
+            )
         matched += found
     _freeze(
         module,

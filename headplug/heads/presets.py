@@ -49,11 +49,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "2003.04297", "MoCoProjectionHead", 2048, 128, norm="none",
     ),
     "moco_v3": _row(
-        "MoCo v3's projector: three layers, batch norm after each",
+        "MoCo v3's projector as in lightly: its last norm has scale and shift",
         "2104.02057", "MoCoProjectionHead", 4096, 256, num_layers=3, output_norm="batch",
     ),
     "moco_v3_solo": _row(
-        "MoCo v3's two-layer projector for ResNets, without any bias",
+        "the authors' MoCo v3 projector for ResNets: two layers, no bias",
         "2104.02057", "mocov3:MoCoV3.projector", 4096, 256, bias=False,
         output_norm="batch_no_affine",
     ),
@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "2104.02057", "mocov3:MoCoV3.predictor", 4096, 256, bias=False,
     ),
     "moco_v3_vit_solo": _row(
-        "MoCo v3's three-layer projector for ViTs, without any bias",
+        "the authors' MoCo v3 projector for ViTs: three layers, no bias",
         "2104.02057", "mocov3:MoCoV3.projector", 4096, 256, num_layers=3, bias=False,
         output_norm="batch_no_affine",
     ),

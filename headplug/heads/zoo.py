@@ -43,8 +43,8 @@ def summarise(entry: Entry, input_dim: int) -> dict[str, Any]:
 
     Returns:
         `name`, `layers`, `dims`, `params_trainable`, `params_frozen`, `paper`, `summary`, `source`,
-        `defaults`. For a head that cannot be built from `input_dim` alone `layers` says why, and
-        the sizes are None.
+        `defaults`. For a head that cannot be built from `input_dim` alone `layers` says why, `dims`
+        is empty and the numbers are None.
 
     Raises:
         OptionError: `input_dim` is not a positive integer.
@@ -55,7 +55,7 @@ def summarise(entry: Entry, input_dim: int) -> dict[str, Any]:
         with torch.device("meta"):
             head = create_head(entry.name, input_dim=input_dim)
     except Exception as error:  # whatever a third party's head needs
-        row |= {"layers": f"({error})", "dims": None}
+        row |= {"layers": f"({str(error).partition('. ')[0]})", "dims": ""}
         row |= {"params_trainable": None, "params_frozen": None}
     else:
         row |= {"layers": describe_layers(head), "dims": describe_dims(head)}

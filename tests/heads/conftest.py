@@ -24,9 +24,11 @@ def needs_weights(name: str) -> bool:
 
 
 def narrow(name: str) -> dict[str, Any]:
-    """Small values for the widths that are numbers by default: some presets have 151 million."""
+    """Small values for the sizes that are numbers by default: some presets have 151 million."""
     widths = {o: v for o, v in describe_head(name).defaults.items() if o.endswith("_dim")}
     small = {o: 12 for o, v in widths.items() if isinstance(v, int)}
+    if "num_blocks" in describe_head(name).defaults:
+        small["num_blocks"] = 2
     return {**small, **{o: [12, 7] for o, v in widths.items() if isinstance(v, list)}}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from headplug import MLPHead, create_head, register_head
-from headplug.errors import UnknownNameError
+from headplug.errors import OptionError, UnknownNameError
 from headplug.heads import HEADS
 from headplug.heads.parameters import FrozenBatchNorm, freeze, param_groups
 
@@ -84,7 +84,7 @@ def test_patterns_come_back() -> None:
     assert freeze(module(), False) == []
     assert freeze(module(), True) == ["*"]
     assert freeze(module(), "0") == ["0"]
-    assert freeze(module(), ("0", "3.*")) == ["0", "3.*"]
+    assert freeze(module(), ("0", "3.*", "0")) == ["0", "3.*"]
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm])
@@ -153,6 +153,10 @@ def test_our_layers_with_statistics_are_told_to_keep_them() -> None:
     class Mean(nn.Module):
         fixed = False
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(5))
+
     head = nn.Sequential(nn.Sequential(Mean()), Mean())
     freeze(head, "0")
     assert [m.fixed for m in head.modules() if isinstance(m, Mean)] == [True, False]
@@ -199,6 +203,7 @@ def test_weight_normed_layer_is_frozen_whole() -> None:
         ("0.weights", r"Closest: 0\.weight\b"),
         ("1.running_mean", "no layer is called"),  # no weight: it would go on moving
         ("", "no layer is called ''"),
+        ("true", r"freeze=.\*. freezes the whole head"),
         ("[9]*", "no layer is called"),
     ],
 )
@@ -209,6 +214,22 @@ def test_unknown_path_is_refused_and_leaves_the_module_as_it_was(what: Any, mess
         freeze(head, what)
     assert dict(head.named_modules()) == children
     assert {k: id(p) for k, p in head.named_parameters()} == before
+
+
+@pytest.mark.parametrize("what", ["2", ["0", "2"], "2*"])
+def test_layer_without_weights_is_refused_and_those_with_some_are_named(what: Any) -> None:
+    head = module()
+    with pytest.raises(OptionError, match=r"'2\*?' has no weights .* have: 0, 1, 3\.0, 3\.1\.$"):
+        freeze(head, what)
+    assert trainable(head) == trainable(module())
+
+
+def test_norm_with_statistics_alone_has_something_to_freeze() -> None:
+    head = nn.Sequential(nn.BatchNorm1d(5, affine=False))
+    freeze(head, "0")
+    before = state(head)
+    head.train()(torch.randn(8, 5))
+    assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items())
 
 
 def test_module_without_layers_has_nothing_to_freeze() -> None:

@@ -110,6 +110,25 @@ def test_lightly_moco_model_gives_its_head_among_others_of_other_shapes() -> Non
     assert same(state(found), state(predictor))
 
 
+@pytest.mark.parametrize(
+    ("before", "behind", "kind"),
+    [
+        ("projection_head", "prediction_head", "byol_predictor"),
+        ("projector", "predictor", "byol_predictor_solo"),
+        ("projector", "prototypes", "swav_prototypes"),
+    ],
+)
+def test_heads_of_equal_shapes_are_told_apart_by_what_they_are(
+    before: str, behind: str, kind: str
+) -> None:
+    heads = [stepped(ours(input_dim=OUTPUT), OUTPUT) for _ in range(2)]
+    model = Model(**dict(zip((before, behind), heads, strict=True)))
+    assert same(read_head(model, ours(input_dim=OUTPUT), "byol"), state(heads[0]))
+    assert same(read_head(model, ours(input_dim=OUTPUT), kind), state(heads[1]))
+    if kind == "byol_predictor":
+        assert same(state(ours(kind, input_dim=OUTPUT, weights=model)), state(heads[1]))
+
+
 @pytest.mark.parametrize("path", ["student_head", "student_head.dino_head"])
 def test_lightly_dino_model_gives_its_students_head(path: str) -> None:
     options = {"bottleneck_dim": 5, "output_dim": 9}
@@ -247,7 +266,9 @@ def test_heads_that_fit_alike_are_listed_and_one_can_be_given(
 def test_what_does_not_fit_is_named_with_both_shapes(options: dict[str, Any], message: str) -> None:
     model = Model(projection_head=online(), fc=nn.Linear(INPUT, 9))
     with pytest.raises(
-        CheckpointError, match=f"Model has no weights that fit this head: .*{message}"
+        CheckpointError,
+        match=f"Model has no weights that fit {options.get('name', 'byol')}: "
+        f".*{message}.* Build the head that was trained",
     ):
         ours(**{"name": "byol", "weights": model, **options})
 
@@ -259,11 +280,20 @@ def test_too_many_weights_are_named() -> None:
 
 
 def test_strangers_keys_are_shown_beside_ours() -> None:
-    message = r"should have layers\.0\.weight, .* and has stem\.weight, stem\.bias, \.\.\."
+    message = r"should have layers\.0\.weight, .*, \.\.\. and has stem\.weight, stem\.bias\.$"
     with pytest.raises(CheckpointError, match=message):
         ours(weights=nn.ModuleDict({"stem": nn.Linear(3, 3)}))
-    with pytest.raises(CheckpointError, match="and has nothing"):
+    with pytest.raises(CheckpointError, match=r"and has nothing\.$"):
         ours(weights={})
+
+
+def test_part_of_a_nested_checkpoint_is_proposed_and_can_be_given() -> None:
+    head = online()
+    content = {"epoch": 3, "config": {"lr": 0.1}, "student": head.state_dict()}
+    message = r"has epoch, config, student\. Pass a part of it: weights=checkpoint\['student'\]\."
+    with pytest.raises(CheckpointError, match=message):
+        ours(weights=content)
+    assert same(state(ours(weights=content["student"])), state(head))
 
 
 def test_values_that_are_no_tensors_do_not_fit() -> None:

@@ -12,7 +12,9 @@ from scipy.special import erf, expit
 from torch import Tensor, nn
 
 from headplug import MLPHead, create_head, describe_head, list_heads
-from headplug.errors import OptionError
+from headplug.errors import DimensionError, OptionError
+from headplug.heads.layers import hidden_paths
+from headplug.heads.mlp import NORMS as ALL_NORMS
 
 PRESETS = [name for name in list_heads() if describe_head(name).builder is MLPHead]
 NORMS = ["batch", "batch_no_affine", "layer", "none"]
@@ -259,3 +261,20 @@ def test_widths_and_depth_must_be_positive_integers(option: str, value: Any) -> 
 def test_unknown_bias_is_refused(option: str, value: Any) -> None:
     with pytest.raises(OptionError, match=f"bias must be .* {re.escape(repr(value))}"):
         MLPHead(6, 4, **{option: value})
+
+
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_norms_add_no_hidden_layer_to_tap(norm: Any) -> None:
+    head = MLPHead(6, 4, hidden_dim=8, num_layers=3, norm=norm, output_norm=norm)
+    paths = hidden_paths(head)
+    assert [type(head.get_submodule(path)) for path in paths] == [nn.ReLU, nn.ReLU]
+
+
+def test_map_with_channels_first_is_told_how_to_put_them_last() -> None:
+    head = MLPHead(6, 4)
+    maps = torch.randn(2, 6, 3, 3)
+    with pytest.raises(DimensionError, match=r"Put channels last \(x\.movedim\(1, -1\)\), pool"):
+        head(maps)
+    assert head(maps.movedim(1, -1)).shape == (2, 3, 3, 4)
+    with pytest.raises(DimensionError, match=r"\)\. Pool or flatten it"):
+        head(torch.randn(6, 5))

@@ -298,16 +298,16 @@ def assert_all_equal(a: State, b: State) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def check_training(head: nn.Module, outcome: Outcome, joint: bool, atol: float = 1e-6) -> None:
+def check_training(head: nn.Module, outcome: Outcome, joint: bool) -> None:
     """Gradients and weights are those of one process; what is frozen has not moved a bit."""
     before = {f"1.{k}": v.clone() for k, v in head.state_dict().items()}
     fixed = [f"1.{k}" for k in fixed_keys(head)]
     model, gradients = reference(head, joint)
     assert gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    torch.testing.assert_close(outcome["gradients"], gradients, rtol=1e-4, atol=atol)
+    torch.testing.assert_close(outcome["gradients"], gradients, rtol=1e-3, atol=1e-5)
     weights = {n: p.detach() for n, p in model.named_parameters()}
     found = {n: outcome["state"][n] for n in weights}
-    torch.testing.assert_close(found, weights, rtol=1e-4, atol=atol)
+    torch.testing.assert_close(found, weights, rtol=1e-3, atol=1e-5)
     assert outcome["state"].keys() == model.state_dict().keys()
     assert_all_equal({k: outcome["state"][k] for k in fixed}, {k: before[k] for k in fixed})
 
@@ -409,7 +409,7 @@ def test_sync_batch_norm_makes_ddp_train_as_on_the_joint_batch(name: str, pair: 
             plain.set_submodule(path, nn.Identity())
         alone = sees_rows_alone(plain)
         if alone or not norms:  # else whitening, which stays per process
-            check_training(head, first, joint=alone, atol=1e-5)
+            check_training(head, first, joint=alone)
 
 
 @pytest.mark.parametrize("name", list_heads())
