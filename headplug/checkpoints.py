@@ -43,11 +43,14 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if not _looks_pickled(path):
             raise CheckpointError(f"{path} is not a checkpoint; is it damaged?") from None
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise CheckpointError(
-            f"{path} holds more than tensors{f' ({named[1]})' if named else ''}, and headplug "
-            "never unpickles. Re-save it where you trust it: torch.save(model.state_dict(), path)."
-        ) from None
+        content = _beside_objects(path)
+        if content is None:
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise CheckpointError(
+                f"{path} holds more than tensors{f' ({named[1]})' if named else ''}, and headplug "
+                "never unpickles. Re-save it where you trust it: torch.save(model.state_dict(), "
+                "path)."
+            ) from None
     except Exception as error:  # torch and safetensors raise many types for a damaged file
         raise CheckpointError(f"{path} is not a readable checkpoint: {_first(error)}") from None
     for key in WRAPPERS:
@@ -100,6 +103,33 @@ def read_embedding(source: Any) -> tuple[Tensor, Tensor]:
         raise CheckpointError(f"the embedding layer in {where} has values that are not finite.")
     # clone: the head must share no storage with the source
     return tuple(t.detach().to("cpu", torch.float32).clone() for t in (weight, bias))  # type: ignore[return-value]
+
+
+class _Inert:
+    """Stands where a file has an object that is no tensor: nothing of that object's code runs."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _beside_objects(path: Path) -> Mapping[str, Any] | None:
+    """The state dict that lies beside objects in a checkpoint, which are not made; None if none.
+
+    Trainers store schedulers and configs beside the weights. torch reads with `weights_only=True`
+    here, too; every class that it does not allow is replaced by an inert one.
+    """
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        inert: list[Any] = [(_Inert, name) for name in unknown]
+        with torch.serialization.safe_globals(inert):
+            content = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # whatever torch does not allow at all
+        return None
+    state = next((content[k] for k in WRAPPERS if k in content), None)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        return None
+    return state
 
 
 def _find_embedding(state: Mapping[str, Any], where: str) -> tuple[Any, Any]:

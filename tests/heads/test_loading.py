@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import importlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,10 +199,43 @@ class TestLightningCheckpoint:
         content = torch.load(checkpoint(model, tmp_path), weights_only=False)
         assert same(state(ours(weights=content)), state(model.projection_head))
 
-    def test_objects_in_the_file_are_never_unpickled(self, tmp_path: Path) -> None:
-        file = checkpoint(Lightning(config=OmegaConf.create({"lr": 0.1})), tmp_path)
+    @pytest.mark.parametrize(
+        "config",
+        [OmegaConf.create({"lr": 0.1}), functools.partial(pow, 2), Path("x"), nn.Linear(2, 2)],
+        ids=["OmegaConf", "solo-learn's SimSiam has a partial", "path", "module"],
+    )
+    def test_objects_beside_the_weights_are_passed_over(self, tmp_path: Path, config: Any) -> None:
+        model = Lightning()
+        content = {"state_dict": model.state_dict(), "hyper_parameters": {"config": config}}
+        torch.save(content, tmp_path / "last.ckpt")
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "last.ckpt", weights_only=True)
+        head = ours(weights=tmp_path / "last.ckpt")
+        assert same(state(head), state(model.projection_head))
+
+    @pytest.mark.parametrize("call", ["os.system", "builtins.eval", "pathlib.Path.touch"])
+    def test_no_code_in_the_file_runs(self, tmp_path: Path, call: str) -> None:
+        module, _, name = call.partition(".")
+
+        class Bomb:
+            def __reduce__(self) -> Any:
+                function = functools.reduce(
+                    getattr, name.split("."), importlib.import_module(module)
+                )
+                touched = tmp_path / "touched"
+                text = {"system": f"touch {touched}", "eval": f"open({str(touched)!r}, 'w')"}
+                return function, (text.get(name, touched),)
+
+        torch.save({"state_dict": Lightning().state_dict(), "x": Bomb()}, tmp_path / "last.ckpt")
+        with contextlib.suppress(CheckpointError):
+            ours(weights=tmp_path / "last.ckpt")
+        assert not (tmp_path / "touched").exists()
+
+    def test_objects_among_the_weights_are_refused(self, tmp_path: Path) -> None:
+        state = {"state_dict": {**Lightning().state_dict(), "x": Path("x")}}
+        torch.save(state, tmp_path / "last.ckpt")
         with pytest.raises(CheckpointError, match=r"holds more than tensors.*never unpickles"):
-            ours(weights=file)
+            ours(weights=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "_orig_mod.", "a.b.c."])
