@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,7 +51,8 @@ class HeadChoice:
             OptionError: It gives something else than one vector per image.
             DimensionError, OptionError: As `create_head` does.
         """
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come when the head is built for the run
             head = create_head({**self.options, "input_dim": input_dim}).eval()
             z = head(torch.empty(2, input_dim))
         if not isinstance(z, Tensor) or z.ndim != 2:

@@ -372,3 +372,8 @@ def test_centres_of_an_rbf_head_start_from_the_backbones_features(tmp_path):
         hidden = first.projection_head.layers[0](first.backbone.train()(runner.views.plain(images)))
         kernels = first.projection_head.layers[1].kernels(hidden)
     assert kernels.max(1).values.median() > 0.1  # every row is near a centre
+
+
+def test_plan_does_not_warn_of_a_width_that_is_none_of_the_backbones(recwarn):
+    Plan(heads=("reweighting",))
+    assert not [w for w in recwarn if "kappa" in str(w.message)]
