@@ -38,7 +38,7 @@ def one_thread():
 def against(benchmark, one_thread, request):
     """Times `ours` with pytest-benchmark and its ratio to `peer` in interleaved pairs."""
 
-    def run(ours, peer, rounds=15):
+    def run(ours, peer, rounds=31):
         for _ in range(3):
             ours()
             peer()

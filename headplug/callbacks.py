@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -68,7 +68,7 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
             self._apply(pl_module)
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._check(checkpoint)
+            self._check(trainer, checkpoint)
             load(checkpoint)
 
         pl_module.configure_model = configure_model
@@ -80,9 +80,8 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
             vars(pl_module).pop(name, None)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds `{"head": config, "slot": path}` under the key "headplug"."""
-        if self.swap is not None:
-            checkpoint[KEY] = _record(self.swap)
+        """Adds `{"head": config, "slot": path, "twin": path}` to the list under "headplug"."""
+        checkpoint[KEY] = _records(checkpoint) + self._record()
 
     @staticmethod
     def load_from_checkpoint(model_class: Any, path: Any, **arguments: Any) -> Any:
@@ -100,8 +99,9 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
         load = model_class.on_load_checkpoint
 
         def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-            if record := checkpoint.get(KEY):
-                swap_head(self, record["head"], slot=record["slot"])
+            for record in _records(checkpoint):
+                twin = record.get("twin", "auto")
+                swap_head(self, record["head"], slot=record.get("slot"), twin=twin)
             load(self, checkpoint)
 
         model_class.on_load_checkpoint = on_load_checkpoint
@@ -125,21 +125,22 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
             else:
                 self.swap = swap_head(pl_module, self.head, self.slot, **self.options)
 
-    def _check(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint of another head, before Lightning lists its keys."""
+    def _record(self) -> list[dict[str, Any]]:
         if self.swap is None:
-            return
-        here, there = _record(self.swap), checkpoint.get(KEY)
-        if there is None:
+            return []
+        report = self.swap.report
+        return [{"head": dict(report.new), "slot": report.slot.path, "twin": report.slot.twin}]
+
+    def _check(self, trainer: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of another head, before Lightning lists its keys."""
+        here = [r for c in trainer.callbacks if isinstance(c, HeadSwap) for r in c._record()]
+        there = _records(checkpoint)
+        if {r["slot"]: r for r in here} != {r.get("slot"): r for r in there}:
+            saved = f"with {_words(there)}" if there else "without HeadSwap"
+            advice = "Ask for the same head" if there else "Resume without the callback"
             raise CheckpointError(
-                f"the checkpoint was saved without HeadSwap, this run has the head "
-                f"{here['head']['name']!r}. Resume without the callback, or start anew."
-            )
-        if there != here:
-            raise CheckpointError(
-                f"the checkpoint was saved with the head {there['head']} at {there['slot']!r}, "
-                f"this run has {here['head']} at {here['slot']!r}. Ask for the same head, or start "
-                "anew."
+                f"the checkpoint was saved {saved}, this run has {_words(here)}. {advice}, or "
+                "start anew."
             )
 
 
@@ -147,5 +148,15 @@ def _at(model: nn.Module, swap: Swap) -> nn.Module:
     return submodule(model, swap.report.slot.path)
 
 
-def _record(swap: Swap) -> dict[str, Any]:
-    return {"head": dict(swap.report.new), "slot": swap.report.slot.path}
+def _records(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The swaps that a checkpoint tells of; solo-learn's tell of one."""
+    found = checkpoint.get(KEY, [])
+    return [dict(found)] if isinstance(found, Mapping) else list(found)
+
+
+def _words(records: Sequence[Mapping[str, Any]]) -> str:
+    return " and ".join(
+        f"the head {r['head']} at {r.get('slot')!r}"
+        + (f", EMA twin {r['twin']!r}" if r.get("twin") else "")
+        for r in records
+    )

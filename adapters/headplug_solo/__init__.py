@@ -51,6 +51,8 @@ METHODS = {
     "dino": Method(("head.last_layer",), "momentum_head.mlp", "head.mlp"),
     "all4one": Method(("predictor", "predictor2", "transformer_encoder", "queue"), EMA),
 }
+# where a user may name a larger head: DINO's with its last layer, whose output is the prototypes'
+WHOLE = {"dino": Method(("dino_loss_func.center",), "momentum_head", "head")}
 KINDS = {
     "predictor": "prediction",
     "predictor2": "prediction",
@@ -60,6 +62,7 @@ KINDS = {
     "whitening": "whitening",
     "transformer_encoder": "transformer",
     "proj_output_dim": "number",
+    "dino_loss_func.center": "loss centre",
 }
 REFUSED = {
     "mae": "it trains a decoder and has no projector",
@@ -95,10 +98,13 @@ class SoloAdapter:
         return [self.describe(model, METHODS[name].path)]
 
     def describe(self, model: nn.Module, path: str) -> HeadSlot:
-        """The slot at a path; for the method's projector by the table."""
+        """The slot at a path; for the method's heads by the tables."""
         slot = describe(model, path)
-        method = METHODS.get(str(_method(model)))
-        if method is None or path != method.path:
+        name = str(_method(model))
+        method = next(
+            (m[name] for m in (METHODS, WHOLE) if name in m and m[name].path == path), None
+        )
+        if method is None:
             return slot
         twin = method.twin if _has(model, method.twin) else None
         return replace(
@@ -113,6 +119,7 @@ class SoloAdapter:
                 if _has(model, p)
             ),
             tail=_tail(model, path),
+            complete=True,  # its losses are functions
         )
 
 

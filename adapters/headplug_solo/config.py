@@ -51,7 +51,9 @@ def read_block(config: Any, loading: bool = False) -> Block | None:
 
     Returns:
         `head` (a mapping with a name and, for a file of weights, its absolute path) and, where
-        given or known, `slot` and `weights_sha256`; None if no other head is asked for.
+        given or known, `slot` and `weights_sha256`; None if no other head is asked for. On the
+        command line `headplug.head=null` says so: since there is a config group of the name,
+        Hydra refuses `headplug=null`.
 
     Raises:
         OptionError, UnknownNameError: A key is misspelt, missing or at the wrong place.
@@ -66,7 +68,9 @@ def read_block(config: Any, loading: bool = False) -> Block | None:
                 "the config has a block `headplug:` already. Leave --headplug out, or the block."
             )
         block = json.loads(os.environ[ENVIRONMENT])
-    return None if block is None else _checked(block, loading)
+    if block is None or block == {"head": None}:
+        return None
+    return _checked(block, loading)
 
 
 def record(block: Block, head: Mapping[str, Any], slot: str) -> Block:

@@ -118,12 +118,17 @@ def _adopt(cls: Any) -> None:
 
 
 def _swap_configured(model: Any, config: Any) -> None:
+    asked = ""
     try:
         block = read_block(config)
         if block is not None:
+            asked = " ".join(f"{KEY}.head.{k}={v}" for k, v in block["head"].items())
             _swap(model, block, config)
+        elif config is not None and KEY in config:
+            _say("no other head is asked for.")
+            _write(config, None)
     except HeadplugError as error:
-        raise _brief(error) from None
+        raise _brief(error, asked and f"\nThe config asks for {asked}") from None
 
 
 def _swap(model: Any, block: Block, config: Any) -> None:
@@ -139,13 +144,26 @@ def _swap(model: Any, block: Block, config: Any) -> None:
         )
     model.headplug = record(block, swap.report.new, swap.report.slot.path)
     if config is not None:
-        from omegaconf import open_dict
-
-        with open_dict(config):
-            config[KEY] = model.headplug
+        _write(config, model.headplug)
     swapped.append(type(model).__name__)
+    _say(swap.report)
+
+
+def _write(config: Any, block: Block | None) -> None:
+    """Leaves in the config, and so in args.json, what the run really has."""
+    from omegaconf import open_dict
+
+    with open_dict(config):
+        if block is None:
+            del config[KEY]
+        else:
+            config[KEY] = block
+
+
+def _say(what: object) -> None:
+    """Prints once, however many processes train."""
     if all(os.environ.get(rank, "0") == "0" for rank in RANKS):
-        print(f"headplug: {swap.report}", flush=True)
+        print(f"headplug: {what}", flush=True)
 
 
 def _check_checkpoint(model: Any, checkpoint: Mapping[str, Any]) -> None:
@@ -200,12 +218,11 @@ def _check_knn() -> None:
             print(f"headplug: {KNN}", file=sys.stderr)
 
 
-def _brief(error: HeadplugError) -> HeadplugError:
-    """The same error, of a kind that a running Hydra prints without a traceback."""
-    if hydra_config() is None:
-        return error.with_traceback(None)
-    from hydra.errors import CompactHydraException
+def _brief(error: HeadplugError, more: str = "") -> HeadplugError:
+    """The same error with more words, of a kind that a running Hydra prints without a traceback."""
+    kind = type(error)
+    if hydra_config() is not None:
+        from hydra.errors import CompactHydraException
 
-    kind = type(type(error).__name__, (type(error), CompactHydraException), {})
-    brief: HeadplugError = kind(str(error))
-    return brief
+        kind = type(kind.__name__, (kind, CompactHydraException), {})
+    return kind(f"{error}{more}")

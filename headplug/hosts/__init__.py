@@ -54,6 +54,7 @@ class HeadSlot:
             gets ones that do nothing.
         tail: Path of a module at the end of the head that belongs to the method and must follow
             whatever head comes (a whitening layer).
+        complete: Whether the host keeps nothing for the width outside the model.
     """
 
     path: str
@@ -66,6 +67,7 @@ class HeadSlot:
     maybe_twins: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
     tail: str | None = None
+    complete: bool = False
 
     def __str__(self) -> str:
         """One line: path, role, dims, twin."""

@@ -125,10 +125,11 @@ def _notes_on_width(
 ) -> Iterator[str]:
     if output_dim == place.output_dim:
         return
-    yield (
-        f"the projection changes from {place.output_dim} to {output_dim} features: what is made "
-        "for the old width and is not in the model must follow; pass it, outside=[...]."
-    )
+    if not place.complete:
+        yield (
+            f"the projection changes from {place.output_dim} to {output_dim} features: what is "
+            "made for the old width and is not in the model must follow; pass it, outside=[...]."
+        )
     held = {id(m) for c in follow if isinstance(c.old, nn.Module) for m in c.old.modules()}
     for module in outside:
         if module not in set(model.modules()) and not any(id(m) in held for m in module.modules()):

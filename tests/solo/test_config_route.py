@@ -1,8 +1,8 @@
 """The head in a solo-learn config: real runs of solo-learn's own scripts.
 
 Each run is a process, since that is what is under test: Hydra's plugins, Lightning's other ranks,
-`headplug-solo`. Several tests look at one run. The runs train on a handful of random images. This
-file is also the script that some of them run: `test_config_route.py GROUP FOLDER`.
+`headplug-solo`. Several tests look at one run. This file is also the script that some of them run:
+`test_config_route.py GROUP FOLDER`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = ROOT / ".solo"
 CLONE = os.environ.get("SOLO_LEARN_HOME", "")
-CIFAR = Path("scripts", "pretrain", "cifar")
 H, AE, O = 512, 12, 8  # noqa: E741 - widths: features, embedding, projection
 
 needs_release = pytest.mark.skipif(
@@ -40,144 +36,9 @@ needs_main = pytest.mark.skipif(
     "git clone https://github.com/vturrisi/solo-learn",
 )
 
-# What a user's machine has and this one lacks (a GPU, torchmetrics < 0.12), the same random state
-# at the start of every epoch, and a record of what each rank trained.
-SHIM = """
-import atexit, gc, json, os, sys
-if os.environ.get("WITHOUT_HEADPLUG"):
-    sys.path[:] = [p for p in sys.path if not p.endswith("adapters")]
-class Late:
-    def find_spec(self, name, path=None, target=None):
-        if name == "solo":
-            sys.meta_path.remove(self)
-            import random, numpy, torch, torchmetrics.metric
-            torch.Tensor.cuda = lambda self, *_, **__: self
-            init = torchmetrics.metric.Metric.__init__
-            def without(self, compute_on_step=None, **k): init(self, **k)
-            if not os.environ.get("NEW_TORCHMETRICS"):
-                torchmetrics.metric.Metric.__init__ = without
-            iterate = torch.utils.data.DataLoader.__iter__
-            def seeded(self):
-                torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
-                return iterate(self)
-            torch.utils.data.DataLoader.__iter__ = seeded
-            if "RECORD" in os.environ:
-                atexit.register(record)
-        return None
-def record():
-    import torch
-    rank = os.environ.get("LOCAL_RANK", "0")
-    models = [o for o in gc.get_objects() if hasattr(type(o), "momentum_pairs")
-              or hasattr(type(o), "learnable_params")]
-    state = {k: [str(type(m.projector).__name__), float(sum(p.double().sum() for p in
-             m.projector.parameters()))] for m in models for k in [type(m).__name__]}
-    with open(os.path.join(os.environ["RECORD"], rank + ".json"), "w") as file:
-        json.dump({"argv": sys.argv[:1], "heads": state}, file)
-sys.meta_path.insert(0, Late())
-"""
-
-
-class Work:
-    """A folder with images, an autoencoder and what runs leave, and the means to start them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        generator = torch.Generator().manual_seed(0)
-        save_images(folder)
-        self.embedding = torch.randn(AE, H, generator=generator) / 20
-        torch.save({"embedding.weight": self.embedding, "embedding.bias": torch.zeros(AE)},
-                   folder / "ae.pt")  # fmt: skip
-        (folder / "shim").mkdir()
-        (folder / "shim" / "sitecustomize.py").write_text(SHIM)
-
-    def run(self, *command: str, **environment: str) -> Any:
-        paths = [self.folder / "shim", ROOT, ROOT / "adapters"]
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(map(str, paths)),
-                "PYTHONWARNINGS": "ignore",
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-
-    def pretrain(
-        self,
-        name: str,
-        out: str,
-        *options: str,
-        launch: tuple[str, ...] = (),
-        configs: Path = CIFAR,
-        devices: int = 1,
-        fails: bool = False,
-        **environment: str,
-    ) -> Any:
-        """One run of main_pretrain.py with the overrides that a small machine needs."""
-        done = self.run(
-            *launch,
-            str(Path(CLONE, "main_pretrain.py")),
-            *("--config-path", str(configs), "--config-name", f"{name}.yaml"),
-            *[o for o in options if o.startswith("--")],
-            *("data.dataset=custom", "data.num_workers=0", "optimizer.batch_size=8"),
-            *(f"data.train_path={self.folder / 'train'}", f"data.val_path={self.folder / 'val'}"),
-            *("accelerator=cpu", "precision=32", "sync_batchnorm=False", "wandb.enabled=False"),
-            *(f"devices='{devices}'", f"strategy={'ddp' if devices > 1 else 'auto'}"),
-            *("method_kwargs.proj_hidden_dim=16", f"method_kwargs.proj_output_dim={O}"),
-            *("max_epochs=1", f"checkpoint.dir={self.folder / out}", "+enable_progress_bar=False"),
-            *("+limit_train_batches=2", "+limit_val_batches=1", "+num_sanity_val_steps=0"),
-            *("+enable_model_summary=False", "auto_resume.enabled=False"),
-            *[o for o in options if not o.startswith("--")],
-            **environment,
-        )
-        assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
-
-    def read(self, out: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """args.json and the last checkpoint of every run under a folder, oldest first."""
-        found = sorted((self.folder / out).glob("*/*/args.json"), key=os.path.getmtime)
-        return [
-            (json.loads(a.read_text()), torch.load(last(a.parent), weights_only=True))
-            for a in found
-        ]
-
-    def records(self, out: str) -> list[dict[str, Any]]:
-        """What the ranks of a run wrote at their end."""
-        files = sorted((self.folder / out).glob("*.json"))
-        return [json.loads(f.read_text()) for f in files]
-
-
-def last(folder: Path) -> Path:
-    return max(folder.glob("*.ckpt"), key=os.path.getmtime)
-
-
-def save_images(folder: Path) -> None:
-    import numpy as np
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    for split, label, i in [
-        (s, c, i) for s in ("train", "val") for c in range(5) for i in range(4)
-    ]:
-        path = folder / split / f"class{label}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-
 
 @pytest.fixture(scope="module")
-def work() -> Iterator[Work]:
-    with tempfile.TemporaryDirectory() as folder:  # gigabytes of checkpoints: nothing is kept
-        yield Work(Path(folder).resolve())
-
-
-@pytest.fixture(scope="module")
-def sweep(work: Work) -> Any:
+def sweep(work: Any) -> Any:
     """Two heads in one sweep of the group, which gives the autoencoder to both."""
     done = work.pretrain(
         "simclr", "sweep", "--multirun", "+headplug=ae_embedding,reweighting",
@@ -187,7 +48,7 @@ def sweep(work: Work) -> Any:
 
 
 @pytest.fixture(scope="module")
-def stock(work: Work, sweep: Any) -> Any:
+def stock(work: Any, sweep: Any) -> Any:
     """Plain solo-learn in the folder of the sweep, with and without headplug installed."""
     done = work.pretrain("simclr", "sweep", "auto_resume.enabled=True")
     work.pretrain("simclr", "plain", WITHOUT_HEADPLUG="1")
@@ -196,7 +57,7 @@ def stock(work: Work, sweep: Any) -> Any:
 
 @needs_main
 @pytest.mark.slow
-def test_the_group_brings_heads_also_when_it_is_swept(work: Work, sweep: Any) -> None:
+def test_the_group_brings_heads_also_when_it_is_swept(work: Any, sweep: Any) -> None:
     done, ((_, first), (_, second)) = sweep
     assert "becomes ae_embedding (512 > 8)" in done.stdout
     assert "becomes reweighting (512 > 512)" in done.stdout
@@ -207,7 +68,7 @@ def test_the_group_brings_heads_also_when_it_is_swept(work: Work, sweep: Any) ->
 
 @needs_main
 @pytest.mark.slow
-def test_the_whole_head_is_in_args_json_and_in_the_checkpoint(work: Work, sweep: Any) -> None:
+def test_the_whole_head_is_in_args_json_and_in_the_checkpoint(work: Any, sweep: Any) -> None:
     from headplug import create_head
 
     _, runs = sweep
@@ -246,7 +107,7 @@ def test_a_stock_run_is_the_same_to_the_bit_with_headplug(stock: Any) -> None:
 
 @needs_main
 @pytest.mark.slow
-def test_a_resumed_run_ends_like_one_that_was_not_interrupted(work: Work) -> None:
+def test_a_resumed_run_ends_like_one_that_was_not_interrupted(work: Any) -> None:
     head = ("+headplug=ae_embedding", "headplug.head.weights=ae.pt")
     options = ("auto_resume.enabled=True", "max_epochs=2", "+checkpoint.keep_prev=True")
     work.pretrain("simclr", "through", *head, *options)
@@ -256,10 +117,10 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(work: Work) -> Non
     done = work.pretrain("simclr", "resumed", *head, *options)
     assert "Resuming from previous checkpoint" in done.stdout
     ((_, resumed),) = (r for r in work.read("resumed") if r[1]["epoch"] == 1)
-    through = torch.load(last(whole), weights_only=True)
+    through = torch.load(work.last(whole), weights_only=True)
     for key, value in through["state_dict"].items():
         assert torch.equal(resumed["state_dict"][key], value), key
-    again = f"+resume_from_checkpoint='{last(part)}'"
+    again = f"+resume_from_checkpoint='{work.last(part)}'"
     done = work.pretrain("simclr", "no", again, "+headplug=reweighting", fails=True)
     assert "the checkpoint has another head than this run asks for" in done.stderr
     assert "name: 'ae_embedding' and 'reweighting'" in done.stderr
@@ -267,7 +128,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(work: Work) -> Non
 
 @needs_main
 @pytest.mark.slow
-def test_every_rank_that_lightning_starts_is_swapped(work: Work) -> None:
+def test_every_rank_that_lightning_starts_is_swapped(work: Any) -> None:
     (work.folder / "ranks").mkdir()
     head = ("+headplug=ae_embedding", "headplug.head.weights=ae.pt")
     small = ("method_kwargs.pred_hidden_dim=16", "hydra.job.chdir=True", "hydra.run.dir=elsewhere")
@@ -287,10 +148,10 @@ def test_every_rank_that_lightning_starts_is_swapped(work: Work) -> None:
 
 @needs_main
 @pytest.mark.slow
-def test_the_block_in_a_yaml_file_works_under_torchrun_and_the_launcher(work: Work) -> None:
+def test_the_block_in_a_yaml_file_works_under_torchrun_and_the_launcher(work: Any) -> None:
     (work.folder / "torchrun").mkdir()
     configs = work.folder / "cifar"
-    shutil.copytree(Path(CLONE) / CIFAR, configs)
+    shutil.copytree(Path(CLONE, "scripts", "pretrain", "cifar"), configs)
     with (configs / "nnclr.yaml").open("a") as file:
         file.write(f"headplug:\n  head: {{name: ae_embedding, weights: {work.folder}/ae.pt}}\n")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -307,7 +168,7 @@ def test_the_block_in_a_yaml_file_works_under_torchrun_and_the_launcher(work: Wo
 
 @needs_main
 @pytest.mark.slow
-def test_a_misspelt_key_stops_the_run_with_one_sentence(work: Work) -> None:
+def test_a_misspelt_key_stops_the_run_with_one_sentence(work: Any) -> None:
     done = work.pretrain("simclr", "misspelt", "+headplug.haed=reweighting", fails=True)
     assert "no key under `headplug:` is called 'haed'. Closest: head." in done.stderr
     assert "Traceback" not in done.stderr
@@ -316,7 +177,7 @@ def test_a_misspelt_key_stops_the_run_with_one_sentence(work: Work) -> None:
 
 @needs_main
 @pytest.mark.slow
-def test_main_knn_sees_the_trained_projector_through_the_launcher(work: Work, sweep: Any) -> None:
+def test_main_knn_sees_the_trained_projector_through_the_launcher(work: Any, sweep: Any) -> None:
     folder = knn_folder(work)
     arguments = (
         str(Path(CLONE, "main_knn.py")), "--pretrained_checkpoint_dir", str(folder),
@@ -333,7 +194,7 @@ def test_main_knn_sees_the_trained_projector_through_the_launcher(work: Work, sw
     assert "pip install 'torchmetrics<0.12'" in done.stderr
 
 
-def knn_folder(work: Work) -> Path:
+def knn_folder(work: Any) -> Path:
     """The AE run of the sweep, whose autoencoder is gone."""
     (run,) = (
         a.parent
@@ -349,7 +210,7 @@ def knn_folder(work: Work) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loads(work: Work, sweep: Any) -> dict[str, Any]:
+def loads(work: Any, sweep: Any) -> dict[str, Any]:
     paths = paths_with(work, CLONE)
     folder = str(knn_folder(work))
     done = work.run("-m", "headplug_solo", __file__, "loads", folder, PYTHONPATH=paths)
@@ -358,7 +219,7 @@ def loads(work: Work, sweep: Any) -> dict[str, Any]:
     return found
 
 
-def paths_with(work: Work, solo: Path | str) -> str:
+def paths_with(work: Any, solo: Path | str) -> str:
     folders = [work.folder / "shim", solo, ROOT, ROOT / "adapters"]
     return os.pathsep.join(map(str, folders))
 
@@ -389,9 +250,36 @@ def test_a_swap_leaves_backbone_and_random_state_as_they_are(loads: dict[str, An
     assert "it trains a classifier and has no projector" in loads["linear"]
 
 
+@needs_main
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "words", "line"),
+    [
+        ("unknown", "no head is called 'ae_embeding'", "name=ae_embeding"),
+        ("option", "no option is called 'kapa'. Closest: kappa", "headplug.head.kapa=1.0"),
+        ("width", "Build it with input_dim=512", "headplug.head.input_dim=2048"),
+        ("weights", "maps 128 features to 3", "/narrow.pt"),
+        ("no weights", "then add headplug.head.weights=", "name=ae_embedding"),
+        ("mae", "it trains a decoder and has no projector", "name=reweighting"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused_with_the_line_to_change(
+    loads: dict[str, Any], mistake: str, words: str, line: str
+) -> None:
+    said, _, asked = loads["refused"][mistake].partition("\nThe config asks for headplug.head.")
+    assert words in said
+    assert line in f"headplug.head.{asked}"
+
+
+@needs_main
+@pytest.mark.slow
+def test_the_head_of_a_yaml_file_can_be_taken_back(loads: dict[str, Any]) -> None:
+    assert loads["no head"] == ["Sequential", False]
+
+
 @needs_release
 @pytest.mark.slow
-def test_the_release_takes_its_block_from_the_command_line_on_every_rank(work: Work) -> None:
+def test_the_release_takes_its_block_from_the_command_line_on_every_rank(work: Any) -> None:
     (work.folder / "release").mkdir()
     block = work.folder / "head.yaml"
     block.write_text("headplug:\n  head: {name: ae_embedding, weights: ae.pt}\n")
@@ -410,7 +298,7 @@ def test_the_release_takes_its_block_from_the_command_line_on_every_rank(work: W
     assert found["loaded"] == "equal"
 
 
-def test_other_hydra_applications_are_left_alone(work: Work) -> None:
+def test_other_hydra_applications_are_left_alone(work: Any) -> None:
     app = work.folder / "app.py"
     app.write_text(
         "import hydra, sys\n"
@@ -479,6 +367,7 @@ def test_a_block_is_read_with_its_weights_from_where_the_user_is(
     assert len(block["weights_sha256"]) == 64
     assert read_block(config, loading=True) == {"head": {"name": "ae_embedding"}}
     assert read_block(OmegaConf.create({"headplug": None, "head": 1})) is None
+    assert read_block(OmegaConf.create({"headplug": {"head": None}})) is None
     assert read_block(None) is None
     monkeypatch.setenv(ENVIRONMENT, json.dumps({"head": "byol"}))
     assert read_block(None) == {"head": {"name": "byol"}}
@@ -514,7 +403,7 @@ def test_the_launcher_says_what_to_type(
     assert words in "".join(capsys.readouterr())
 
 
-def test_a_script_under_the_launcher_is_the_main_module(work: Work) -> None:
+def test_a_script_under_the_launcher_is_the_main_module(work: Any) -> None:
     script = work.folder / "s.py"
     script.write_text(
         "import os, sys\n"
@@ -596,6 +485,27 @@ def script_loads(folder: Path) -> dict[str, Any]:
     found["same backbone"] = all(
         torch.equal(v, theirs[k]) for k, v in swapped.backbone.state_dict().items()
     )
+    config = OmegaConf.create({**bare, "headplug": {"head": None}})
+    found["no head"] = [type(SimCLR(config).projector).__name__, "headplug" in config]
+    narrow = folder / "narrow.pt"
+    torch.save({"embedding.weight": torch.rand(3, 128), "embedding.bias": torch.zeros(3)}, narrow)
+    found["refused"] = {
+        name: attempt(lambda block=block: build(SimCLR, {"head": block})[0], {})
+        for name, block in {
+            "unknown": {"name": "ae_embeding"},
+            "option": {"name": "reweighting", "kapa": 1.0},
+            "width": {"name": "simclr", "input_dim": 2048},
+            "weights": {"name": "ae_embedding", "weights": str(narrow)},
+            "no weights": {"name": "ae_embedding"},
+        }.items()
+    }
+    masked = {
+        "backbone": {"name": "vit_tiny", "kwargs": {"img_size": 32, "patch_size": 16}},
+        "method_kwargs": {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+        "headplug": {"head": "reweighting"},
+    }
+    mae = OmegaConf.create({**bare, **masked, "method": "mae"})
+    found["refused"]["mae"] = attempt(lambda: METHODS["mae"](mae), {})
     linear = OmegaConf.create({**bare, "headplug": {"head": "reweighting"}})
     found["linear"] = attempt(lambda: METHODS["linear"](stock.backbone, cfg=linear), {})
     return found
