@@ -92,3 +92,20 @@ def test_every_head_names_layers_of_its_own(name: str) -> None:
     assert all(isinstance(head.get_submodule(path), nn.Module) for path in paths)
     assert [path for path, _ in layers(head) if path in paths] == paths
     assert len(paths) >= sum(isinstance(m, nn.Linear) for _, m in layers(head)) - 1
+
+
+def test_features_pair_a_head_with_its_own_backbone() -> None:
+    class Student(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher_backbone, self.student_backbone = nn.Linear(3, 6), nn.Linear(3, 6)
+            self.teacher_backbone.requires_grad_(False)
+            self.student_projection_head = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.teacher_backbone(x)
+
+    model, x = Student(), torch.rand(4, 3)
+    swap_head(model, "simclr_plain", slot="student_projection_head", twin=None)
+    h = features(model, x, at="pre_projection")
+    assert torch.equal(h, model.student_backbone(x))

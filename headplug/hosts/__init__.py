@@ -217,7 +217,7 @@ def _roles(model: nn.Module, role_of: RoleOf, named: str | None = None) -> dict[
             role = plain_role(path, module)
         if path == named:
             role = role or "projection"
-        if role and dims(module) and not any(inside(path, head) for head in roles):
+        if role and dims(module) and not any(inside(first[module], head) for head in roles):
             roles[first[module]] = role
     return roles
 

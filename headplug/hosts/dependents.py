@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -47,13 +48,36 @@ def find_dependents(
         width_of: As in `slots_by_role`.
     """
     own = dims(submodule(model, path))
+    rivals = _rivals(model, path, roles)
     found = {
         d.path: replace(d, twin=_copy_of(model, d, roles))
         for d in _behind(model, path, roles, width_of)
-        if own and d.width == own[1]
+        if own and d.width == own[1] and not any(_nearer(d.path, p, path) for p in rivals)
     }
-    copies = {d.twin for d in found.values()}
-    return tuple(d for d in found.values() if d.path not in copies)
+    twins = {d.twin for d in found.values()}
+    return tuple(d for d in found.values() if d.path not in twins)
+
+
+def _rivals(model: nn.Module, path: str, roles: Mapping[str, str]) -> list[str]:
+    """Other heads of that output width, which a dependent may belong to; not the EMA copies."""
+    own = dims(submodule(model, path))
+    twin, maybe = find_twin(model, path, roles)
+    return [
+        p
+        for p, role in roles.items()
+        if not {role, roles[path]} & set(BEHIND) and p not in (path, twin, *maybe)
+        if own and (d := dims(submodule(model, p))) and d[1] == own[1]
+    ]
+
+
+def _nearer(path: str, other: str, head: str) -> bool:
+    """Whether a path has more words of one head's path than of another's.
+
+    >>> _nearer("criterion_local.bank", "head_local", "head_global")
+    True
+    """
+    words, others, own = (set(re.split(r"[._]", p.lower())) for p in (path, other, head))
+    return len(words & (others - own)) > len(words & (own - others))
 
 
 def _copy_of(model: nn.Module, dependent: Dependent, roles: Mapping[str, str]) -> str | None:

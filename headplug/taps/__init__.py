@@ -9,7 +9,7 @@ how points are written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -262,8 +262,15 @@ def _forward(layout: Layout, x: Any, missing: Callable[[str], bool]) -> None:
         x: One batch.
         missing: Whether something at or below a path is still wanted.
     """
-    out = layout.root(x)
+    ran: set[nn.Module] = set()
+    with ExitStack() as stack:
+        for backbone in layout.backbones.values():
+            handle = backbone.register_forward_hook(lambda module, *_: ran.add(module))
+            stack.callback(handle.remove)
+        out = layout.root(x)
     head = layout.head
+    if head and missing(head.path) and (own := layout.own_backbone) and own not in ran:
+        out = own(x)  # the model's own forward runs the EMA copy
     if head and isinstance(out, Tensor) and out.ndim > 1 and missing(head.path):
         h = out.flatten(1)
         if h.shape[1] == head.input_dim:

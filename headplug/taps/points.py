@@ -10,6 +10,7 @@ name, so names outlive the wrapping.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -21,6 +22,7 @@ from torch import nn
 from headplug.errors import SlotError, TapError, unknown
 from headplug.heads.layers import hidden_paths
 from headplug.hosts import HeadSlot, find_slots
+from headplug.hosts.twins import COPY_WORDS
 
 HEAD_POINTS = ("pre_projection", "projection")
 SHARED = ("backbone", *HEAD_POINTS)
@@ -92,6 +94,18 @@ class Layout:
         return found
 
     @cached_property
+    def backbones(self) -> dict[str, nn.Module]:
+        """Every backbone by path, EMA copies too."""
+        names = ({"backbone"}, {"encoder"})
+        return {p: m for p, m in self.modules.items() if _words(p) - COPY_WORDS in names}
+
+    @property
+    def own_backbone(self) -> nn.Module | None:
+        """The backbone that is named like the head: `student_backbone` for `student_head`."""
+        own = _words(self.head.path) & COPY_WORDS if self.head else set()
+        return next((m for p, m in self.backbones.items() if _words(p) & COPY_WORDS == own), None)
+
+    @cached_property
     def _found(self) -> tuple[HeadSlot | None, str]:
         """The projection head, or why there is none."""
         try:
@@ -157,6 +171,10 @@ class Layout:
             hint = "list_taps(model, x) shows all." + (levels if "*" in name else "")
             raise unknown("tap", name, self.names(), hint)
         return points
+
+
+def _words(path: str) -> set[str]:
+    return set(re.split(r"[._]", path))
 
 
 def _is_shared(path: str) -> bool:
