@@ -53,12 +53,29 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
             ) from None
     except Exception as error:  # torch and safetensors raise many types for a damaged file
         raise CheckpointError(f"{path} is not a readable checkpoint: {_first(error)}") from None
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    return {str(k): v for k, v in content.items()}
+    return {str(k): v for k, v in unwrapped(content).items()}
+
+
+def unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict in what a trainer saves around it."""
+    for key in WRAPPERS:
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+    return content
+
+
+def opened(source: Any) -> tuple[str, Any]:
+    """What to call a source of weights in messages, and its state dict if a file or module is it.
+
+    Raises:
+        UnknownNameError, CheckpointError: As `read_state_dict` does.
+    """
+    if isinstance(source, str | Path):
+        return str(source), read_state_dict(source)
+    where = type(source).__name__
+    return where, source.state_dict() if isinstance(source, nn.Module) else source
 
 
 def read_embedding(source: Any) -> tuple[Tensor, Tensor]:
@@ -77,11 +94,7 @@ def read_embedding(source: Any) -> tuple[Tensor, Tensor]:
         UnknownNameError: The file does not exist.
         CheckpointError: It cannot be read safely, or has no single embedding layer.
     """
-    where = type(source).__name__
-    if isinstance(source, str | Path):
-        where, source = str(source), read_state_dict(source)
-    elif isinstance(source, nn.Module):
-        source = source.state_dict()
+    where, source = opened(source)
     if isinstance(source, Mapping):
         weight, bias = _find_embedding(source, where)
     elif isinstance(source, tuple) and len(source) == 2:
@@ -123,13 +136,10 @@ def _beside_objects(path: Path) -> Mapping[str, Any] | None:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         inert: list[Any] = [(_Inert, name) for name in unknown]
         with torch.serialization.safe_globals(inert):
-            content = dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = unwrapped(dict(torch.load(path, map_location="cpu", weights_only=True)))
     except Exception:  # whatever torch does not allow at all
         return None
-    state = next((content[k] for k in WRAPPERS if k in content), None)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        return None
-    return state
+    return state if all(isinstance(v, Tensor) for v in state.values()) else None
 
 
 def _find_embedding(state: Mapping[str, Any], where: str) -> tuple[Any, Any]:

@@ -60,16 +60,17 @@ class Entry:
         ]
         return inspect.Signature([*parameters, *rest])
 
-    @property
+    @functools.cached_property
     def shared(self) -> list[inspect.Parameter]:
         """What finish takes besides what was built and its name.
 
         A builder that takes any option gets them all itself.
         """
-        if self.finish is None or any(p.kind is p.VAR_KEYWORD for p in _parameters(self.builder)):
+        own = _parameters(self.builder)
+        if self.finish is None or any(p.kind is p.VAR_KEYWORD for p in own):
             return []
-        own = {p.name for p in _parameters(self.builder)}
-        return [p for p in _parameters(self.finish)[2:] if p.name not in own]
+        names = {p.name for p in own}
+        return [p for p in _parameters(self.finish)[2:] if p.name not in names]
 
     @property
     def open_ended(self) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headplug.checkpoints import WRAPPERS, read_state_dict
+from headplug.checkpoints import opened, unwrapped
 from headplug.errors import CheckpointError
 
 USUAL = {  # what hosts call the head that trains; in some, `projection_head` is its EMA twin
@@ -47,17 +46,12 @@ def read_head(source: Any, head: nn.Module, name: str = "") -> dict[str, Tensor]
         UnknownNameError: The file does not exist.
         CheckpointError: It cannot be read safely, or no place or several places fit.
     """
-    where = type(source).__name__
-    if isinstance(source, str | Path):
-        where, source = str(source), read_state_dict(source)
-    elif isinstance(source, nn.Module):
-        source = source.state_dict()
+    where, source = opened(source)
     if not isinstance(source, Mapping):
         raise CheckpointError(
             f"cannot read a head from a {where}; pass a path, a state dict or a module."
         )
-    for key in WRAPPERS:
-        source = source[key] if isinstance(source.get(key), Mapping) else source
+    source = unwrapped(source)
     own = {k: tuple(v.shape) for k, v in head.state_dict().items()}
     places = {prefix: _translated(source, prefix, head) for prefix in _prefixes(source)}
     fits = [p for p, found in places.items() if {k: _shape(v) for k, v in found.items()} == own]

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from headplug.errors import OptionError
 from headplug.heads.base import ACTIVATIONS, ProjectionHead, choose, positive, probability
@@ -24,6 +24,11 @@ NORMS: dict[str, Callable[[int], list[nn.Module]]] = {
     "whitening": lambda width: [Whitening(width)],
     "iternorm": lambda width: [IterNorm(width)],
     "none": lambda width: [],
+}
+
+INITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "default": lambda weight: weight,  # as its layer drew it
+    "orthogonal": nn.init.orthogonal_,
 }
 
 
@@ -121,13 +126,14 @@ class MLPHead(ProjectionHead):
         self.bias = bias
         self.output_bias = output_bias
         self.dropout = probability("dropout", dropout)
-        self.init = choose("init", init, {"default": "default", "orthogonal": "orthogonal"})
+        self.init = init
         if bias not in (None, True, False) or output_bias not in (None, True, False, "frozen"):
             raise OptionError(
                 f"bias must be True, False or None, and output_bias one of these or 'frozen', not "
                 f"{bias!r} and {output_bias!r}."
             )
         make_activation = choose("activation", activation, ACTIVATIONS)
+        draw = choose("init", init, INITS)
         self.layers = stack(
             [input_dim, *[self.hidden_dim] * (num_layers - 1), output_dim],
             lambda width: make_activation(),
@@ -139,9 +145,8 @@ class MLPHead(ProjectionHead):
         )
         if output_bias == "frozen":
             self.linear_layers[-1].bias.requires_grad_(False)
-        if init == "orthogonal":
-            for layer in self.linear_layers:
-                nn.init.orthogonal_(layer.weight)
+        for layer in self.linear_layers:
+            draw(layer.weight)
 
     @property
     def linear_layers(self) -> list[nn.Linear]:

@@ -242,7 +242,7 @@ def _describe(model: nn.Module, path: str, roles: dict[str, str], width_of: Widt
         roles[path],
         *widths,
         twin=twin,
-        dependents=find_dependents(model, path, roles, width_of),
+        dependents=find_dependents(model, path, roles, width_of, (twin, *maybe)),
         aliases=tuple(p for p in paths_of(model, module) if p != path),
         maybe_twins=maybe,
     )

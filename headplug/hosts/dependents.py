@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -37,7 +37,11 @@ class Dependent:
 
 
 def find_dependents(
-    model: nn.Module, path: str, roles: Mapping[str, str], width_of: WidthOf
+    model: nn.Module,
+    path: str,
+    roles: Mapping[str, str],
+    width_of: WidthOf,
+    copies: Collection[str | None],
 ) -> tuple[Dependent, ...]:
     """What is made for the output of the head at a path, with its EMA copies.
 
@@ -46,9 +50,10 @@ def find_dependents(
         path: The head.
         roles: Role by path, of all heads of the model.
         width_of: As in `slots_by_role`.
+        copies: Paths that hold the head's EMA copy, or may.
     """
     own = dims(submodule(model, path))
-    rivals = _rivals(model, path, roles)
+    rivals = _rivals(model, path, roles, copies)
     found = {
         d.path: replace(d, twin=_copy_of(model, d, roles))
         for d in _behind(model, path, roles, width_of)
@@ -58,14 +63,15 @@ def find_dependents(
     return tuple(d for d in found.values() if d.path not in twins)
 
 
-def _rivals(model: nn.Module, path: str, roles: Mapping[str, str]) -> list[str]:
+def _rivals(
+    model: nn.Module, path: str, roles: Mapping[str, str], copies: Collection[str | None]
+) -> list[str]:
     """Other heads of that output width, which a dependent may belong to; not the EMA copies."""
     own = dims(submodule(model, path))
-    twin, maybe = find_twin(model, path, roles)
     return [
         p
         for p, role in roles.items()
-        if not {role, roles[path]} & set(BEHIND) and p not in (path, twin, *maybe)
+        if not {role, roles[path]} & set(BEHIND) and p != path and p not in copies
         if own and (d := dims(submodule(model, p))) and d[1] == own[1]
     ]
 

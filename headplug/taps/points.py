@@ -96,8 +96,12 @@ class Layout:
     @cached_property
     def backbones(self) -> dict[str, nn.Module]:
         """Every backbone by path, EMA copies too."""
-        names = ({"backbone"}, {"encoder"})
-        return {p: m for p, m in self.modules.items() if _words(p) - COPY_WORDS in names}
+        return {
+            path: module
+            for path, module in self.modules.items()
+            if any(name in path.rpartition(".")[2] for name in ("backbone", "encoder"))
+            and _words(path) - COPY_WORDS in ({"backbone"}, {"encoder"})
+        }
 
     @property
     def own_backbone(self) -> nn.Module | None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,14 @@ from torch import nn
 
 from headplug import create_head, describe_head
 from headplug.errors import HeadplugError
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    """The same random numbers in every test, and none taken from the others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 @functools.cache

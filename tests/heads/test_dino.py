@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,10 @@ from headplug import create_head
 from headplug.errors import OptionError
 from headplug.heads.dino import DINOHead, WeightNormLinear, unit
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # lightly uses it
+
 NAMES = {"dino": DINOProjectionHead, "dino_v2": DINOv2ProjectionHead}
 WIDTHS = [(20, 32, 12, 24), (7, 5, 3, 40), (33, 33, 65, 1)]  # input, hidden, bottleneck, output
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.nn.utils.weight_norm is old
-        torch.manual_seed(0)
-        yield
 
 
 def seeded(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:

@@ -18,13 +18,6 @@ from headplug.heads import HEADS
 from headplug.heads.parameters import FrozenBatchNorm, freeze, param_groups
 
 
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 def module() -> nn.Sequential:
     block = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))
     return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), block)

@@ -7,7 +7,6 @@ import copy
 import functools
 import importlib
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from headplug.errors import CheckpointError, OptionError, UnknownNameError
 from headplug.heads.loading import read_head
 
 INPUT, HIDDEN, OUTPUT = 20, 12, 6
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:

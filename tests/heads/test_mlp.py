@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,6 @@ ACTIVATIONS = {  # in NumPy
     "tanh": np.tanh,
     "identity": lambda x: x,
 }
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def has_bias(bias: bool | None, norm: str) -> bool:

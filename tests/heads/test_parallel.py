@@ -52,13 +52,6 @@ WIDTH, STEPS, RANKS, BATCH = 20, 2, 2, 8
 FULL = StateDictOptions(full_state_dict=True)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 def variants(name: str, build: Build) -> list[nn.Module]:
     """A head as it is and, where it has weights, with its first layer frozen."""
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import copy
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,19 +17,23 @@ from headplug import create_head
 from headplug.errors import CheckpointError, DimensionError, OptionError
 from headplug.heads.prototypes import CAPIHead, PrototypesHead, SMoGPrototypesHead
 
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.nn.utils.weight_norm is old
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # lightly uses it
 
 
 def lightly_head(name: str, *args: Any, **options: Any) -> nn.Module:
     from lightly.models.modules import heads
 
     return getattr(heads, name)(*args, **options)
+
+
+def exchange(ours: nn.Module, theirs: nn.Module, into_ours: bool | None) -> None:
+    """Changes the weights of one head and loads them into the other; None leaves both."""
+    if into_ours is not None:
+        source, target = (theirs, ours) if into_ours else (ours, theirs)
+        with torch.no_grad():
+            for tensor in source.parameters():
+                tensor.add_(1)
+        target.load_state_dict(source.state_dict(), strict=True)
 
 
 def both(ours: Callable[[], nn.Module], theirs: Callable[[], nn.Module]) -> list[nn.Module]:
@@ -96,12 +100,7 @@ def test_swavs_prototypes_are_lightlys(
         lambda: lightly_head("SwaVPrototypes", 12, sizes),
     )
     assert_equal_states(ours, theirs)
-    if into_ours is not None:
-        source, target = (theirs, ours) if into_ours else (ours, theirs)
-        with torch.no_grad():
-            for tensor in source.parameters():
-                tensor.add_(1)
-        target.load_state_dict(source.state_dict(), strict=True)
+    exchange(ours, theirs, into_ours)
     assert_train_alike(ours, theirs, 12, normalize=normalize)
     x = torch.randn(4, 3, 12)
     a, b = ours.eval()(x), theirs.eval()(x)
@@ -299,12 +298,7 @@ def test_capis_head_is_lightlys(bias: bool, weight_norm: bool, into_ours: bool |
     )
     assert_equal_states(ours, theirs)
     assert requirements(ours) == requirements(theirs)
-    if into_ours is not None:
-        source, target = (theirs, ours) if into_ours else (ours, theirs)
-        with torch.no_grad():
-            for tensor in source.parameters():
-                tensor.add_(1)
-        target.load_state_dict(source.state_dict(), strict=True)
+    exchange(ours, theirs, into_ours)
     assert_train_alike(ours, theirs, 12)
     tokens = torch.randn(4, 9, 12)
     assert torch.equal(ours.eval()(tokens), theirs.eval()(tokens))

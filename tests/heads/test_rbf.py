@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,6 @@ PHI: dict[str, Callable[[Array], Array]] = {  # of the scaled distance, as the p
     "thin_plate": lambda r: np.where(r > 0, r**2 * np.log(np.where(r > 0, r, 1)), 0),
 }
 each_radial = pytest.mark.parametrize("radial", list(PHI))
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def numpy_state(module: nn.Module) -> dict[str, Array]:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,6 @@ CASES: list[dict[str, Any]] = [
     {"input_dim": 7, "output_dim": 5, "hidden_dim": 6, "num_blocks": 1, "mlp_ratio": 1.7},
     {"input_dim": 16, "output_dim": 16, "hidden_dim": 8, "num_blocks": 3, "dropout": 0.3},
 ]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "vibcreg": [{"iternorm": True}],
 }
 HEADS_OF_METHODS = ("projector", "predictor", "predictor2", "head", "prototypes")
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 # comparing two heads

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,13 +29,6 @@ with_solo = pytest.mark.skipif(
     reason="set SOLO_LEARN_HOME to a clone of solo-learn main: "
     "git clone https://github.com/vturrisi/solo-learn",
 )
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture(scope="module")
