@@ -16,7 +16,7 @@ from headplug.hosts import HeadSlot, find_slots
 from headplug.probing import LayerReport, probe_layers
 from headplug.store import FeatureStore, extract_features
 from headplug.swap import swap_head
-from headplug.taps import features, list_taps, tap
+from headplug.taps import Tap, features, list_taps, tap
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "MLPHead",
     "ProjectionHead",
     "ReweightingHead",
+    "Tap",
     "create_head",
     "describe_head",
     "extract_features",

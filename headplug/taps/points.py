@@ -1,11 +1,21 @@
-"""What the names of taps stand for.
+r"""What the names of taps stand for.
 
 `backbone`, `pre_projection` (what the head receives), `projection` (what it returns) and
 `projection.hidden1`, `projection.hidden2`, ... (what it computes on the way, after norm and
-activation) mean the same on every host and for every head. Besides them a point is a module path or
-a glob of paths, in which `*` stays within one level and `**` crosses levels; the ending `:input`
-means what a module receives. Wrappers (DistributedDataParallel, torch.compile) leave no mark in a
-name, so names outlive the wrapping.
+activation) mean the same on every host and for every head. Besides them a point is one of
+
+| name | stands for |
+|---|---|
+| `backbone.layer4` | a module by its path |
+| `backbone.layer*`, `backbone.**.conv1` | what matches; `*` stays in a level, `**` crosses them |
+| `re:backbone\.layer[34]` | all whose whole path matches the regular expression |
+| `backbone:BatchNorm2d`, `:Linear` | all modules of a class at or below a path, or in the model |
+| `2`, `:-1`, `backbone:2` | a stage by timm's feature index, of the model or of a part of it |
+
+and its ending says what is read there: `:input` the first thing that the module receives,
+`:input[1]`, `:input[mask]` another by position or name, `:output[0]`, `:output[key]` a part of a
+tuple or mapping that it returns; without an ending, all that it returns. Wrappers
+(DistributedDataParallel, FSDP, torch.compile) leave no mark in a name, so names outlive wrapping.
 """
 
 from __future__ import annotations
@@ -14,15 +24,19 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
-from types import FunctionType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import nn
 
 from headplug.errors import SlotError, TapError, unknown
 from headplug.heads.layers import hidden_paths
 from headplug.hosts import HeadSlot, find_slots
+from headplug.hosts.modules import inside
 from headplug.hosts.twins import COPY_WORDS
+from headplug.taps.names import Name
+from headplug.taps.options import Tap, agreed, requested
+from headplug.taps.pooling import PLAIN, Form, form_of
+from headplug.taps.wrappers import Compiled, compiled_in, plain, unwrapped
 
 HEAD_POINTS = ("pre_projection", "projection")
 SHARED = ("backbone", *HEAD_POINTS)
@@ -33,42 +47,44 @@ class Point(NamedTuple):
     """One point of one model.
 
     Attributes:
-        name: What results are called: as asked, or the path that a glob matched.
+        name: What results are called.
         path: Where the module is.
         module: The module to hook.
-        takes_input: Whether its input is read instead of its output.
+        takes_input: Whether what it receives is read instead of what it returns.
+        key: The part of that to read; None is the first input, or the whole output.
+        how: Its options.
+        form: What shapes mean there.
     """
 
     name: str
     path: str
     module: nn.Module
-    takes_input: bool
+    takes_input: bool = False
+    key: int | str | None = None
+    how: Tap = Tap("")
+    form: Form = PLAIN
 
 
 class Layout:
     """The places of a model that points can name, looked up once for many batches.
 
     Attributes:
+        model: The model as given.
         root: The model without its wrappers.
         modules: Every module below the root by path.
-        compiled: Whether torch.compile was used on the model or a part of it.
+        compiled: Where torch.compile was used on the model or on parts of it.
 
     Raises:
-        TapError: The model is wrapped in DataParallel.
+        TapError: The model is wrapped in DataParallel, exported or scripted.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        every = list(model.modules())
-        if any(isinstance(m, nn.DataParallel) for m in every):
-            raise TapError(
-                "DataParallel runs copies of the model, and hooks see a part of the batch in each. "
-                "Tap model.module, or use DistributedDataParallel."
-            )
-        self.compiled = any(map(_is_compiled, every))
-        self.root, self._prefix = _unwrapped(model)
+        self.model = model
+        self.root, self._prefix = unwrapped(model)
+        self.compiled: list[Compiled] = compiled_in(model)
         # a compiled module has the path of the one inside it, which runs either way
         self.modules = {
-            _plain(path): module for path, module in self.root.named_modules(remove_duplicate=False)
+            plain(path): module for path, module in self.root.named_modules(remove_duplicate=False)
         }
         del self.modules[""]
 
@@ -82,15 +98,15 @@ class Layout:
         """The points that all hosts share, as far as this model has them."""
         found = {}
         if path := next((p for p in BACKBONES if p in self.modules), None):
-            found["backbone"] = Point("backbone", path, self.modules[path], False)
+            found["backbone"] = Point("backbone", path, self.modules[path])
         if self.head:
-            module = self.modules[path := _plain(self.head.path)]
+            module = self.modules[path := plain(self.head.path)]
             for name in HEAD_POINTS:
                 found[name] = Point(name, path, module, name == "pre_projection")
             for i, hidden in enumerate(hidden_paths(module)):
-                inner = f"{path}.{_plain(hidden)}"
+                inner = f"{path}.{plain(hidden)}"
                 name = f"projection.hidden{i + 1}"
-                found[name] = Point(name, inner, self.modules[inner], False)
+                found[name] = Point(name, inner, self.modules[inner])
         return found
 
     @cached_property
@@ -122,59 +138,135 @@ class Layout:
             return None, f"none is found in this {type(self.root).__name__}."
         return None, f"there are {len(slots)}, {', '.join(s.path for s in slots)}."
 
-    def resolve(self, asked: Sequence[str]) -> dict[str, list[Point]]:
-        """The points that each name stands for, in the order asked.
+    def resolve(self, asked: Mapping[str, Tap]) -> dict[str, list[Point]]:
+        """The points that each name of a request stands for, in the order asked.
 
         Raises:
             UnknownNameError: A name matches nothing; the message shows the closest ones.
             SlotError: `pre_projection` or `projection` of a model without one projection head.
-            TapError: There is no name, one is not a string or ends in something else than
-                ":input", or it means a module that is never called (a ModuleList).
+            TapError: There is no name, one has an ending that means nothing, or it means a module
+                that is never called (a ModuleList) or a feature index that is not there.
         """
         if not asked:
             raise TapError(f"name at least one point, for example: {', '.join(self.names()[:6])}.")
-        return {name: self._resolve(name) for name in asked}
+        if not isinstance(asked, Mapping):  # FOR helper S: a bridge of today, see taps.read
+            asked = requested(list(asked), Tap("", 0, None, False, False, None, None, False))
+        found: dict[str, Point] = {}
+        resolved = {name: self._resolve(name, tap) for name, tap in asked.items()}
+        for point in (p for points in resolved.values() for p in points):
+            agreed(point.name, found.setdefault(point.name, point).how, point.how)
+        return {name: [found[p.name] for p in points] for name, points in resolved.items()}
 
     def names(self) -> list[str]:
-        """All names but globs and inputs."""
+        """The shared names and all paths."""
         return [*self.shared, *(p for p in self.modules if p not in self.shared)]
 
-    def _resolve(self, name: str) -> list[Point]:
-        if not isinstance(name, str):
-            raise TapError(f"a point is a string, not {name!r}.")
-        path, colon, ending = name.partition(":")
-        if colon and ending != "input":
-            raise TapError(f"{name!r}: after ':' only 'input' can follow.")
-        path = _plain(path.removeprefix(self._prefix))
-        if _is_shared(path) and path not in self.modules and path in self.shared:
-            shared = self.shared[path]
-            if not colon:
-                return [shared]
-            path = path if shared.takes_input else shared.path
-        if path in self.modules:
-            if not _callable(self.modules[path]):
+    def _resolve(self, name: str, tap: Tap) -> list[Point]:
+        asked = Name.parse(tap.name)
+        path = asked.path if asked.regex else plain(asked.path.removeprefix(self._prefix))
+        exact = asked.kind is None and not asked.regex and self._is_exact(path)
+        if asked.stage is not None:
+            matched, exact = {"": self._feature(path, asked.stage)}, True
+        elif asked.kind is not None:
+            matched = self._of_class(path, asked.kind)
+        elif asked.regex:
+            matched = {p: p for p in self.modules if re.fullmatch(path, p)}
+        else:
+            matched = self._named(path)
+        matched = {n: p for n, p in matched.items() if _is_called(self.modules[p]) or exact}
+        if not matched:
+            self._refuse(tap.name, path)
+        for one in matched.values():
+            if not _is_called(self.modules[one]):
                 raise TapError(
-                    f"{name!r} is a {type(self.modules[path]).__name__}, which is never called. "
-                    f"Name what is in it: '{path}.*'."
+                    f"{tap.name!r} is a {type(self.modules[one]).__name__}, which is never called. "
+                    f"Name what is in it: '{one}.*'."
                 )
-            return [Point(name, path, self.modules[path], bool(colon))]
-        points = [
-            Point(p + colon + ending, p, module, bool(colon))
-            for p, module in self.modules.items()
-            if _matches(path.split("."), p.split(".")) and _callable(module)
+        takes_input = asked.side == "input" or (path == "pre_projection" and not asked.side)
+        return [
+            Point(
+                name if exact else full + asked.ending,
+                at,
+                self.modules[at],
+                takes_input,
+                asked.key,
+                tap,
+                self._form(at),
+            )
+            for full, at in matched.items()
         ]
-        if not points and _is_shared(path):
-            points = [p for n, p in self.shared.items() if n not in SHARED and fnmatchcase(n, path)]
-        if not points and name in HEAD_POINTS:
+
+    def _is_exact(self, path: str) -> bool:
+        return path in self.modules or (_is_shared(path) and path in self.shared)
+
+    def _named(self, path: str) -> dict[str, str]:
+        """The paths that a path, a shared name or a glob stands for, by what they are called."""
+        if path in self.modules:
+            return {path: path}
+        if _is_shared(path) and path in self.shared:
+            return {path: self.shared[path].path}
+        found = {p: p for p in self.modules if _matches(path.split("."), p.split("."))}
+        if not found and _is_shared(path):
+            hidden = (n for n in self.shared if n not in SHARED and fnmatchcase(n, path))
+            found = {n: self.shared[n].path for n in hidden}
+        return found
+
+    def _below(self, path: str) -> list[str]:
+        """The paths at or below those that a name stands for; all for an empty name."""
+        tops = self._named(path).values()
+        return [p for p in self.modules if not path or any(p == t or inside(p, t) for t in tops)]
+
+    def _of_class(self, path: str, kind: str) -> dict[str, str]:
+        below = self._below(path)
+        found = [p for p in below if kind in (c.__name__ for c in type(self.modules[p]).__mro__)]
+        if below and not found:
+            known = {type(self.modules[p]).__name__ for p in below}
+            raise unknown("class of module", kind, sorted(known), f"In {path or 'the model'}.")
+        return {p: p for p in found}
+
+    def _feature(self, path: str, index: int) -> str:
+        """The path of a stage, by its index in timm's feature_info."""
+        below = self._below(path)
+        if path and not below:
+            self._refuse(path, path)
+        places = ({} if path else {"": self.root}) | {p: self.modules[p] for p in below}
+        found = ((p, i) for p, m in places.items() if (i := getattr(m, "feature_info", None)))
+        place, info = next(found, ("", None))
+        if info is None:
+            raise TapError(
+                f"feature index {index}: nothing in {path or 'the model'} has timm's feature_info. "
+                "Name a module by its path; list_taps(model, x) shows all."
+            )
+        names: list[str] = [entry["module"] for entry in getattr(info, "info", info)]
+        if not -len(names) <= index < len(names):
+            raise TapError(
+                f"there is no feature {index}; {place or 'the model'} has 0 to {len(names) - 1}: "
+                f"{', '.join(names)}."
+            )
+        start = f"{place}." if place else ""
+        dotted = start + names[index]  # timm's own extractors write _ for the dots
+        return dotted if dotted in self.modules else start + names[index].replace(".", "_")
+
+    def _form(self, path: str) -> Form:
+        """What shapes mean at a path, from the modules around it."""
+        parts = path.split(".")
+        above = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        return form_of([self.root, *(self.modules[p] for p in above)])
+
+    def _refuse(self, name: str, path: str) -> NoReturn:
+        if path in HEAD_POINTS:
             raise SlotError(
                 f"{name!r} needs one projection head: {self._found[1]} Name a module by its path "
                 "instead: 'path:input' for what it receives, 'path' for what it returns."
             )
-        if not points:
-            levels = " In a glob '*' stays within one level and '**' crosses levels."
-            hint = "list_taps(model, x) shows all." + (levels if "*" in name else "")
-            raise unknown("tap", name, self.names(), hint)
-        return points
+        levels = " In a glob '*' stays within one level and '**' crosses levels."
+        hint = "list_taps(model, x) shows all." + (levels if "*" in name else "")
+        raise unknown("tap", name, self.names(), hint)
+
+
+def flat(resolved: Mapping[str, Sequence[Point]]) -> list[Point]:
+    """All points, each once."""
+    return list(dict.fromkeys(p for points in resolved.values() for p in points))
 
 
 def _words(path: str) -> set[str]:
@@ -185,38 +277,7 @@ def _is_shared(path: str) -> bool:
     return path in SHARED or path.startswith("projection.")
 
 
-def flat(resolved: Mapping[str, Sequence[Point]]) -> list[Point]:
-    """All points, each once."""
-    return list(dict.fromkeys(p for points in resolved.values() for p in points))
-
-
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """What DistributedDataParallel and torch.compile wrap, and the start of paths to it."""
-    prefix = ""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model, prefix = model.module, prefix + "module."
-        elif "_orig_mod" in model._modules:
-            model, prefix = model._orig_mod, prefix + "_orig_mod."  # type: ignore[assignment]
-        else:
-            return model, prefix
-
-
-def _plain(path: str) -> str:
-    if "_orig_mod" not in path:
-        return path
-    return ".".join(part for part in path.split(".") if part != "_orig_mod")
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile was used on the module, its call or one of its methods."""
-    return any(
-        type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable")
-        for value in vars(module).values()
-    )
-
-
-def _callable(module: nn.Module) -> bool:
+def _is_called(module: nn.Module) -> bool:
     return getattr(module.forward, "__name__", "") != nn.Module.forward.__name__
 
 

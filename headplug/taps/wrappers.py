@@ -1,0 +1,129 @@
+"""What wraps a model: DistributedDataParallel, FSDP, torch.compile, activation checkpointing.
+
+None of them leaves a mark in the names of points. Models whose modules are never called, or whose
+calls see a part of the batch, are refused with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from headplug.errors import TapError
+
+INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class Compiled(NamedTuple):
+    """One use of torch.compile on a module.
+
+    Attributes:
+        holder: The module that the compiled function is an attribute of.
+        attribute: Its name.
+        function: The compiled function.
+    """
+
+    holder: nn.Module
+    attribute: str
+    function: Any
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """What is inside the wrappers, and the start of paths to it.
+
+    Raises:
+        TapError: The model is no module, or hooks cannot see what it computes.
+    """
+    _check(model)
+    prefix = ""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model, prefix = model.module, prefix + "module."
+        elif inner := next((n for n in INNER if n in model._modules), None):
+            model, prefix = model.get_submodule(inner), f"{prefix}{inner}."
+        else:
+            return model, prefix
+
+
+def plain(path: str) -> str:
+    """A path without the names that wrappers put into it.
+
+    >>> plain("backbone._orig_mod.layer1")
+    'backbone.layer1'
+    """
+    if not any(name in path for name in INNER):
+        return path
+    return ".".join(part for part in path.split(".") if part not in INNER)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP, of either generation, keeps the weights of the model in parts."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    kinds = fsdp and (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+    return bool(kinds) and any(isinstance(m, kinds) for m in model.modules())
+
+
+def compiled_in(model: nn.Module) -> list[Compiled]:
+    """Every use of torch.compile on a module of a model, its call or one of its methods."""
+    return [
+        Compiled(module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable")
+    ]
+
+
+def has_run(model: nn.Module, compiled: list[Compiled]) -> bool:
+    """Whether there may be compiled code already, which hooks that come now would not be in.
+
+    Code is shared by all instances of a class, so another instance may be what ran.
+    """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.external_utils import wrap_inline
+
+    return any(
+        _debug_get_cache_entry_list(code)
+        for code in {wrap_inline(has_run).__code__, *_codes(model, compiled)}
+    )
+
+
+def _codes(model: nn.Module, compiled: list[Compiled]) -> Iterator[CodeType]:
+    functions = [m.forward for m in model.modules()]
+    functions += [c.function._torchdynamo_orig_callable for c in compiled]
+    for function in functions:
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if isinstance(code := getattr(function, "__code__", None), CodeType):
+            yield code
+
+
+def _check(model: Any) -> None:
+    if isinstance(model, torch.export.ExportedProgram) or _is_exported(model):
+        raise TapError(
+            "an exported program is a graph of operations: its modules are never called, so there "
+            "is nothing to hook. Tap the model before torch.export, or export a module that "
+            "returns what you want to read."
+        )
+    if not isinstance(model, nn.Module):
+        raise TapError(f"taps read an nn.Module, not a {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TapError(
+            "TorchScript runs without hooks. Tap the model that was scripted or traced instead."
+        )
+    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
+        raise TapError(
+            "DataParallel runs copies of the model, and hooks see a part of the batch in each. "
+            "Tap model.module, or use DistributedDataParallel."
+        )
+
+
+def _is_exported(model: Any) -> bool:
+    """Whether it is what ExportedProgram.module() gives: a graph without calls of modules."""
+    return isinstance(model, torch.fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes
+    )

@@ -1,0 +1,101 @@
+"""Calls that go past hooks, as in the training loops of lightly's DINOv2, iBOT and MAE."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import timm
+import torch
+from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
+from torch import nn
+
+from headplug import tap
+from headplug.taps.direct import _watched
+
+
+class IBOT(nn.Module):
+    """As lightly's example: encode() and forward() are called directly."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        vit = timm.create_model("test_vit", num_classes=0, img_size=32, dynamic_img_size=True)
+        self.student_backbone = MaskedVisionTransformerTIMM(vit=vit)
+        self.teacher_backbone = copy.deepcopy(self.student_backbone).requires_grad_(False)
+        width = vit.num_features
+        self.student_head = DINOProjectionHead(width, 16, 8, 12, freeze_last_layer=0)
+        self.teacher_head = DINOProjectionHead(width, 16, 8, 12).requires_grad_(False)
+
+    def step(self, x):
+        with torch.no_grad():
+            self.teacher_head.forward(self.teacher_backbone.encode(x)[:, 0])
+        tokens = self.student_backbone.encode(x)
+        return tokens, self.student_head.forward(tokens[:, 0]), self.student_head(tokens[:, 1])
+
+
+@pytest.fixture
+def model():
+    return IBOT().eval()
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_shared_names_see_direct_calls_once_each(model):
+    original = DINOProjectionHead.__dict__.get("forward"), MaskedVisionTransformerTIMM.encode
+    with tap(model, "backbone", "pre_projection", "projection") as taps:
+        tokens, direct, usual = model.step(X)
+    assert [t.shape for t in taps["backbone"]] == [tokens.shape]
+    assert torch.equal(taps["backbone"][0], tokens)
+    assert all(map(torch.equal, taps["projection"], (direct, usual)))
+    assert len(taps["projection"]) == 2
+    assert all(map(torch.equal, taps["pre_projection"], (tokens[:, 0], tokens[:, 1])))
+    assert (
+        DINOProjectionHead.__dict__.get("forward"),
+        MaskedVisionTransformerTIMM.encode,
+    ) == original
+    assert not _watched
+
+
+def test_values_and_gradients_are_untouched(model):
+    def left():
+        model.zero_grad()
+        torch.manual_seed(1)
+        _, direct, usual = model.step(X)
+        (direct.sum() + usual.square().sum()).backward()
+        return [p.grad for p in model.student_head.parameters() if p.grad is not None]
+
+    plain = [g.clone() for g in left()]
+    with tap(model, "backbone", "projection"):
+        assert all(map(torch.equal, plain, left()))
+
+
+def test_copies_other_modules_and_other_threads_are_not_read(model):
+    other = IBOT().eval()
+    with tap(model, "backbone", "projection") as taps:
+        clone = copy.deepcopy(model.student_backbone)  # the head's weight norm does not allow it
+        clone.encode(X), other.step(X)
+        thread = threading.Thread(target=model.step, args=(X,))
+        thread.start(), thread.join()
+        model.step(X)
+    assert [len(taps[p]) for p in taps] == [1, 2]
+    assert "encode" not in vars(clone)
+
+
+def test_blocks_nest_and_an_exception_leaves_no_trace(model):
+    original = DINOProjectionHead.forward
+    with tap(model, "projection") as outer:
+        with tap(model, "projection") as inner:
+            model.step(X)
+        model.step(X)
+        with pytest.raises(RuntimeError):
+            model.student_head.forward(torch.rand(2, 3))  # wrong width
+    assert (len(inner["projection"]), len(outer["projection"])) == (2, 4)
+    assert DINOProjectionHead.forward is original
+    assert not _watched
+    with tap(model, "projection") as again:
+        model.step(X)
+    assert len(again["projection"]) == 2
