@@ -7,9 +7,7 @@ of whichever is loaded, because a trainer calls all hooks of its own kind.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 from headplug.errors import CheckpointError, HeadplugError
 from headplug.hosts.modules import submodule
 from headplug.swap import Swap, swap_head
+from headplug.swap.plan import plan_swap
 
 KEY = "headplug"
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
@@ -42,7 +41,7 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
     Args:
         head: As in `headplug.swap_head`.
         slot: As in `headplug.swap_head`.
-        options: Options of the head.
+        options: Options of the head, and `twin` and `outside` of `headplug.swap_head`.
 
     Raises:
         HeadplugError: When the trainer starts: what `swap_head` refuses.
@@ -116,14 +115,14 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
     def _apply(self, pl_module: nn.Module) -> None:
         if self.swap is not None and _at(pl_module, self.swap) is self.swap.head:
             return
-        with warnings.catch_warnings():  # of optimisers of earlier runs
-            warnings.simplefilter("ignore")
-            planned = swap_head(pl_module, self.head, self.slot, dry_run=True, **self.options)
-            present = _at(pl_module, planned)
-            if getattr(present, "config", None) == planned.report.new:
-                self.swap = replace(planned, head=present)
-            else:
-                self.swap = swap_head(pl_module, self.head, self.slot, **self.options)
+        plan = plan_swap(pl_module, self.head, self.slot, **self.options)
+        present = submodule(pl_module, plan.slot.path)
+        if getattr(present, "config", None) == plan.report.new:
+            twin = plan.slot.twin and submodule(pl_module, plan.slot.twin)
+            self.swap = Swap(plan.report, present, twin or None)
+        else:
+            plan.carry_out()
+            self.swap = Swap(plan.report, plan.head, plan.twin, plan)
 
     def _record(self) -> list[dict[str, Any]]:
         if self.swap is None:

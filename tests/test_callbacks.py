@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,17 @@ def test_head_and_twin_are_swapped_and_trained(pl: Any, late: bool) -> None:
     assert {id(p) for p in head.parameters()} <= optimised
     assert all(p.grad is not None for p in head.parameters())
     assert not {"configure_model", "on_load_checkpoint"} & vars(model).keys()
+
+
+def test_the_head_is_built_once_and_its_warnings_are_seen(pl: Any) -> None:
+    model, swap = module(pl)(), HeadSwap("reweighting", kappa=1e30)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(pl, swap).fit(model, DATA)
+    assert len([w for w in caught if "kappa" in str(w.message)]) == 1
+    assert not any("optimiser" in str(w.message) for w in caught)
+    assert not any("optimiser" in note for note in swap.swap.report.notes)
+    assert swap.swap.report.rebuilt == ("prediction_head",)
 
 
 def test_later_stages_and_other_trainers_keep_the_trained_head(pl: Any) -> None:

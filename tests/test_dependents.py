@@ -389,6 +389,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: parametrizations.weight_norm(Subclassed(OLD, OLD)),
         "ParametrizedSubclassed",
     ),
+    "weight norm along the inputs": (
+        lambda: parametrizations.weight_norm(nn.Linear(OLD, OLD), dim=1),
+        "normalised along another axis",
+    ),
     "lazy": (lambda: nn.Sequential(nn.Linear(OLD, 4), nn.LazyLinear(OLD)), "not seen a batch"),
     "transformer": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(OLD, 4, 16), 1),
@@ -584,6 +588,51 @@ def test_modules_of_the_script_stay_the_same_objects() -> None:
     assert held == {id(p) for p in (*model.parameters(), *predictor.parameters())}
     z = model.projector(model.backbone(torch.rand(7, B)))
     assert bank(predictor(z)).isfinite()
+
+
+class Probed(nn.Module):
+    """A model whose prototypes have a name of their own, beside a probe of the representation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.backbone = nn.Linear(B, OLD), nn.Linear(OLD, H)
+        self.projector, self.codes = nn.Linear(H, OLD), nn.Linear(OLD, 12, bias=False)
+        self.probe = nn.Linear(H, 5)
+        self.parts = nn.ModuleDict({"norm": nn.BatchNorm1d(OLD), "rest": nn.Linear(4, 4)})
+
+
+def test_layers_of_the_old_width_under_unknown_names_are_named_and_can_be_passed() -> None:
+    model = Probed()
+    codes, weight = model.codes, model.codes.weight
+    model.backbone = nn.Sequential(model.stem, nn.ReLU(), model.backbone)
+    del model.stem
+    with pytest.warns(UserWarning, match=r"has 6: codes \(Linear\), parts\.norm \("):
+        swap(model).restore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    done = swap(model, outside=[codes, model.parts["norm"]], optimizer=optimizer)
+    assert done.report.rebuilt == ("outside.0", "outside.1")
+    assert (done.report.notes, model.codes) == ((), codes)
+    assert (codes.weight.shape, model.parts["norm"].num_features) == ((12, NEW), NEW)
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    done.restore()
+    assert codes.weight is weight
+
+
+def test_what_may_take_the_representation_as_well_is_not_named() -> None:
+    model = nn.Module()
+    model.projector, model.probe = nn.Linear(H, H), nn.Linear(H, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        swap(model)
+
+
+def test_what_is_passed_and_known_already_follows_once() -> None:
+    model = model_with(predictor=chain(OLD, 4, OLD))
+    model.loss = nn.ModuleDict({"predictor": model.predictor, "rest": nn.ReLU()})
+    done = swap(model, outside=[model.loss])
+    assert done.report.rebuilt == ("predictor",)
+    assert model.loss["predictor"] is model.predictor
 
 
 def test_one_module_outside_needs_no_list_and_what_is_in_the_model_is_not_outside() -> None:

@@ -185,6 +185,62 @@ def test_several_heads_are_listed_with_the_argument_that_chooses() -> None:
         assert word in str(caught.value)
 
 
+def vit(pixels: int = 192, dim: int = H, **parts: nn.Module) -> nn.Module:
+    """A backbone that takes patches of 8 x 8 x 3, hidden layers as wide as their pixels inside."""
+    blocks = nn.Sequential(nn.Linear(dim, pixels), nn.GELU(), nn.Linear(pixels, dim))
+    encoder = holder(patches=nn.Conv2d(3, dim, 8, 8), blocks=blocks)
+    return holder(encoder=encoder, **parts)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (vit(out=nn.Linear(H, 192)), r"'out' \(Linear\) gives the 192 pixels of a patch"),
+        (vit(dec=nn.Sequential(nn.Linear(H, 4), nn.Linear(4, 192))), r"'dec' \(Sequential\) gives"),
+        (vit(decoder_pred=nn.Linear(H, 7)), r"'decoder_pred' \(Linear\) seems to give the input"),
+        (holder(model=vit(out=nn.Linear(H, 192))), r"'model\.out' \(Linear\) gives"),
+        (vit(dim=192, decoder=nn.Linear(192, 192)), r"'decoder' \(Linear\) seems"),
+    ],
+)
+def test_what_is_trained_by_reconstruction_is_refused_with_the_reason(
+    model: nn.Module, words: str
+) -> None:
+    for call in (find_slots, lambda m: swap_head(m, "simclr_plain")):
+        with pytest.raises(SlotError, match=rf"reconstruction .*no projection head.*{words}.*tap"):
+            call(model)
+    model.projector = mlp()
+    assert swap_head(model, "simclr_plain").report.paths == ("projector",)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        vit(),
+        vit(dim=192, g=nn.Linear(192, 192)),
+        vit().encoder,
+        holder(backbone=nn.Sequential(nn.Conv2d(3, 8, 2, 2)), fc=nn.Linear(8, 10)),
+    ],
+)
+def test_a_bare_backbone_is_not_taken_for_a_masked_autoencoder(model: nn.Module) -> None:
+    assert find_slots(model) == []
+    with pytest.raises(SlotError, match=r"no known projection heads; .*A bare backbone"):
+        swap_head(model, "simclr_plain")
+
+
+def test_a_head_without_widths_is_named_with_what_to_say() -> None:
+    model = holder(backbone=nn.Linear(B, H), projector=nn.Identity())
+    with pytest.raises(SlotError, match=r"'projector' is a Identity whose widths are unknown"):
+        swap_head(model, "simclr_plain")
+    model.projector.input_dim = model.projector.output_dim = H
+    assert swap_head(model, "simclr_plain").report.output_dim == H
+
+
+def test_other_heads_are_shown_where_there_is_no_projection_head() -> None:
+    model = holder(backbone=nn.Linear(B, H), predictor=mlp(H, 24, H))
+    with pytest.raises(SlotError, match=r"It has predictor \(prediction, 16 > 16\)"):
+        swap_head(model, "simclr_plain")
+
+
 def test_no_head_names_the_modules_and_the_argument() -> None:
     model = holder(trunk=nn.Linear(B, H), stem=nn.Linear(H, H))
     with pytest.raises(SlotError, match=r"no known.*trunk, stem.*slot="):
@@ -974,6 +1030,14 @@ def test_an_optimiser_that_was_not_passed_is_warned_about():
     assert "optimizer=" in str(swap.report)
     swap.restore()
     assert not swap_head(model, "simclr_plain", optimizer=optimizer).report.notes
+
+
+def test_the_frozen_copy_is_no_business_of_the_optimiser() -> None:
+    model = byol()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="parameters of 'projector': pass it"):
+        swap_head(model, "simclr_plain")
+    assert len(optimizer.param_groups[0]["params"]) == len(list(byol().parameters()))
 
 
 @pytest.mark.parametrize("name", ["reweighting", "identity"])

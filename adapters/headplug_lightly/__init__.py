@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from headplug.errors import SlotError
-from headplug.hosts import BEHIND, Dependent, HeadSlot, describe, plain_role, slots_by_role
-from headplug.hosts.modules import parent
+from headplug.hosts import (
+    BEHIND,
+    INSTEAD,
+    Dependent,
+    HeadSlot,
+    describe,
+    plain_role,
+    slots_by_role,
+)
+from headplug.hosts.modules import named_modules, parent
 
 ROLES = {
     "SwaVPrototypes": "prototypes",
@@ -16,14 +25,17 @@ ROLES = {
     "VicRegLLocalProjectionHead": "local projection",
 }
 STATES = {"center": "loss centre", "group_features": "prototypes"}
-DECODERS = {  # what these are trained with predicts pixels or tokens; there is no projector
-    "AIMPredictionHead": "AIM",
-    "MAEDecoder": "MAE",
-    "MAEDecoderTIMM": "MAE",
-    "MaskedVisionTransformerDecoder": "MAE",
-    "IJEPAPredictor": "I-JEPA",
-    "IJEPAPredictorTIMM": "I-JEPA",
+HEADLESS = {  # the method that a part belongs to, and what it does there in place of a projector
+    "AIMPredictionHead": ("AIM", "predicts the pixels of the next patch"),
+    "DirectCLRLoss": ("DirectCLR", "compares the backbone's own features, {loss_dim} of them"),
+    "IJEPAPredictor": ("I-JEPA", "predicts the features of hidden patches"),
+    "IJEPAPredictorTIMM": ("I-JEPA", "predicts the features of hidden patches"),
+    "PixioDecoderTIMM": ("Pixio", "is the decoder of hidden patches"),
+    "MAEDecoder": ("MAE", "is the decoder of hidden patches"),
+    "MAEDecoderTIMM": ("MAE", "is the decoder of hidden patches"),
+    "MaskedVisionTransformerDecoder": ("MAE or Pixio", "is the decoder of hidden patches"),
 }
+CAPI = ("CAPIProjectionHead", "CAPIPredictorTIMM", "CAPILoss")
 LOOP_CALLS = ("cancel_last_layer_gradients",)
 
 
@@ -45,12 +57,12 @@ class LightlyAdapter:
         slots = [_completed(model, s) for s in slots_by_role(model, _role, _width)]
         if any(s.role == "projection" for s in slots):
             return slots
-        for path, module in model.named_modules():
-            if method := _method(module):
+        for path, module in named_modules(model):
+            if reason := _headless(module):
+                method, does = reason
                 raise SlotError(
                     f"{method} has no projection head to swap: {path!r} "
-                    f"({type(module).__name__}) is its decoder. Read its features with tap(), or "
-                    "name another module: slot='path'."
+                    f"({type(module).__name__}) {does.format_map(vars(module))}. {INSTEAD}"
                 )
         return slots
 
@@ -64,16 +76,16 @@ def _kinds(module: nn.Module) -> list[str]:
     return [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("lightly.")]
 
 
-def _method(module: nn.Module) -> str | None:
-    """The method without a projector that a module belongs to."""
-    return next((DECODERS[k] for k in _kinds(module) if k in DECODERS), None)
+def _headless(module: nn.Module) -> tuple[str, str] | None:
+    """The method without a projector that a module belongs to, and what the module does there."""
+    return next((HEADLESS[k] for k in _kinds(module) if k in HEADLESS), None)
 
 
 def _role(path: str, module: nn.Module) -> str | None:
     kinds = _kinds(module)
     if not kinds:
         return None
-    if _method(module):
+    if _headless(module) or kinds[0] == "CAPIPredictorTIMM":  # it is in front of the head
         return ""
     if kinds[0] in ROLES:
         return ROLES[kinds[0]]
@@ -111,8 +123,21 @@ def _completed(model: nn.Module, slot: HeadSlot) -> HeadSlot:
     return replace(
         slot,
         calls=tuple(name for name in LOOP_CALLS if hasattr(head, name)),
-        dependents=tuple(replace(d, limit=_limit(model, d)) for d in slot.dependents),
+        dependents=(
+            *(replace(d, limit=_limit(model, d)) for d in slot.dependents),
+            *_partners(model, slot),
+        ),
     )
+
+
+def _partners(model: nn.Module, slot: HeadSlot) -> Iterator[Dependent]:
+    """CAPI's other head: both are trained, and the loss compares their clusters."""
+    if slot.role != "projection" or not any({*_kinds(m)} & {*CAPI} for m in model.modules()):
+        return
+    own = (slot.role, slot.input_dim, slot.output_dim)
+    for other in slots_by_role(model, _role, _width):
+        if other.path != slot.path and (other.role, other.input_dim, other.output_dim) == own:
+            yield Dependent(other.path, "clusters", slot.output_dim)
 
 
 def _limit(model: nn.Module, dependent: Dependent) -> int | None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from headplug.errors import SlotError
 from headplug.heads import ProjectionHead
+from headplug.hosts.decoders import why_headless
 from headplug.hosts.dependents import BEHIND, Dependent, WidthOf, find_dependents
 from headplug.hosts.modules import dims, inside, named_modules, paths_of, submodule
 from headplug.hosts.twins import find_twin
@@ -35,6 +36,7 @@ ROLE_BY_NAME = {
     "prototypes": "prototypes",
     "last_layer": "prototypes",
 }
+INSTEAD = "Read its features with tap(), or name another module: slot='path'."
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class HeadSlot:
         maybe_twins: Paths that may be its EMA copy, where that is unclear; `swap_head` asks then.
         calls: Methods that the host's training loop calls on the head; a new head that lacks them
             gets ones that do nothing.
+        needs: Attributes of the head that the host's training loop uses; for each, what to change
+            where a new head lacks it.
         tail: Path of a module at the end of the head that belongs to the method and must follow
             whatever head comes (a whitening layer).
         complete: Whether the host keeps nothing for the width outside the model.
@@ -66,6 +70,7 @@ class HeadSlot:
     aliases: tuple[str, ...] = ()
     maybe_twins: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
+    needs: tuple[tuple[str, str], ...] = ()
     tail: str | None = None
     complete: bool = False
 
@@ -136,7 +141,13 @@ def find_slots(model: nn.Module) -> list[HeadSlot]:
     projector (projection, 8 > 4)
     """
     host = _host(model)
-    return host.find_slots(model) if host else slots_by_role(model)
+    slots = host.find_slots(model) if host else slots_by_role(model)
+    if all(s.role in BEHIND for s in slots) and (reason := why_headless(model)):
+        raise SlotError(
+            f"a model that is trained by reconstruction (MAE, SimMIM, ...) has no projection head "
+            f"to swap: {reason}. {INSTEAD}"
+        )
+    return slots
 
 
 def slot_at(model: nn.Module, path: str) -> HeadSlot:
@@ -250,6 +261,7 @@ def _describe(model: nn.Module, path: str, roles: dict[str, str], width_of: Widt
 
 __all__ = [
     "BEHIND",
+    "INSTEAD",
     "Dependent",
     "HeadSlot",
     "HostAdapter",

@@ -44,6 +44,11 @@ class Change:
         return list(_parameters(self.old).values())
 
     @property
+    def trained(self) -> bool:
+        """Whether there are trained parameters in what leaves, or in what comes."""
+        return self.trains or any(p.requires_grad for p in self.gone)
+
+    @property
     def trains(self) -> bool:
         """Whether there are trained parameters in what comes."""
         return any(p.requires_grad for p in _parameters(self.new).values())

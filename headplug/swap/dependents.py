@@ -1,18 +1,19 @@
 """What follows the width of a projection, made anew for another width.
 
 Structure decides, not the method's name: the layers that receive the projection are drawn again by
-their own classes; in a prediction head also those that give the projection's width back; queues
-and centres are drawn again in their layout. All else of a dependent is copied. A module in the
-model is replaced, so that `restore` puts the very old one back; one that the user's script holds
-(`outside`) has to stay the same object, and what is in it is exchanged. What cannot be made is
-refused with the reason, before anything is touched.
+their own classes; in a prediction head also those that give the projection's width back, in a head
+whose output is compared with the projection only those; queues and centres are drawn again in their
+layout. All else of a dependent is copied. A module in the model is replaced, so that `restore` puts
+the very old one back; one that the user's script holds (`outside`) has to stay the same object, and
+what is in it is exchanged. What cannot be made is refused with the reason, before anything is
+touched.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +21,23 @@ from torch import Tensor, nn
 from headplug.errors import DimensionError, HeadplugError
 from headplug.heads import ProjectionHead, create_head
 from headplug.heads.parameters import FrozenBatchNorm
-from headplug.hosts import Dependent, HeadSlot, slot_at
-from headplug.hosts.modules import inside, parent, submodule, tensors, value_at
+from headplug.hosts import Dependent, HeadSlot
+from headplug.hosts.modules import inside, parent, value_at
 from headplug.hosts.twins import copy_frozen, detached_copy
 from headplug.swap import layers
 from headplug.swap.changes import Change, InPlace
 from headplug.swap.layers import Unknown
+from headplug.swap.outside import OUTSIDE, SIZES, beside, dependents_outside
 
-OUTSIDE = "outside"
-SIZES = ("input_dim", "num_features", "size")  # attributes that say the width of what comes in
 TRIED = ("prediction", "prototypes", "next layer", OUTSIDE)  # what maps (batch, width)
 Chain = list[tuple[str, nn.Module]]
+
+
+class Ends(NamedTuple):
+    """At which ends of a dependent the width of the projection is."""
+
+    takes: bool
+    gives: bool
 
 
 def rebuild_all(
@@ -49,9 +56,9 @@ def rebuild_all(
     """
     made: list[Change] = []
     refused = []
-    beside = _beside(model, slot, outside)
+    both = beside(model, slot, outside)
     found = [(model, d) for d in slot.dependents]
-    for root, dependent in [*found, *((beside, d) for d in _dependents_outside(beside, slot))]:
+    for root, dependent in [*found, *((both, d) for d in dependents_outside(both, slot))]:
         try:
             new = rebuild(root, dependent, width)
         except DimensionError as error:
@@ -120,38 +127,6 @@ def with_tail(model: nn.Module, slot: HeadSlot, head: nn.Module, width: int) -> 
     return both
 
 
-def _beside(model: nn.Module, slot: HeadSlot, outside: Sequence[nn.Module]) -> nn.Module:
-    """The head beside the modules of the user's script, so that a host tells what they are."""
-    known = set(model.modules())
-    both = nn.Module()
-    both.head = submodule(model, slot.path)
-    both.add_module(OUTSIDE, nn.ModuleList(m for m in outside if m not in known))
-    return both
-
-
-def _dependents_outside(beside: nn.Module, slot: HeadSlot) -> list[Dependent]:
-    modules = [f"{OUTSIDE}.{name}" for name in beside.get_submodule(OUTSIDE)._modules]
-    if not modules:
-        return []
-    found = [d for d in slot_at(beside, "head").dependents if inside(d.path, OUTSIDE)]
-    known = {path for path in modules for d in found if path == d.path or inside(d.path, path)}
-    return [
-        *found,
-        *(
-            Dependent(path, OUTSIDE, slot.output_dim)
-            for path in modules
-            if path not in known and _mentions(value_at(beside, path), slot.output_dim)
-        ),
-    ]
-
-
-def _mentions(module: nn.Module, width: int) -> bool:
-    plain = (v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor))
-    return any(width in t.shape for t in (*tensors(module), *plain)) or any(
-        getattr(m, name, None) == width for m in module.modules() for name in SIZES
-    )
-
-
 def _remade(old: Any, dependent: Dependent, width: int) -> Any:
     before, kind = dependent.width, dependent.kind
     if kind == "projection":
@@ -163,25 +138,38 @@ def _remade(old: Any, dependent: Dependent, width: int) -> Any:
     if isinstance(old, Tensor):
         return layers.resized(old, before, width, average=kind == "loss centre")
     gives = _gives(old)  # whether the width comes out again, too
-    both_ends = {
-        "prediction": True,
-        "next layer": gives is None,
-        OUTSIDE: gives in (None, before),
-    }.get(kind, False)
+    ends = Ends(
+        takes=kind != "clusters",
+        gives={
+            "prediction": True,
+            "clusters": True,
+            "next layer": gives is None,
+            OUTSIDE: gives in (None, before),
+        }.get(kind, False),
+    )
     if isinstance(old, ProjectionHead):
-        widths = {"input_dim": width, **({"output_dim": width} if both_ends else {})}
-        return layers.like(create_head({**old.config, **widths}), old)
+        return _built_again(old, width, ends)
     if isinstance(old, nn.TransformerEncoder):
         return layers.transformer(old, before, width)
     if kind == "whitening":
         return layers.whitening(old, width)
-    new = _resized(old, dependent, width, both_ends)
+    new = _resized(old, dependent, width, ends)
     if kind in TRIED:
-        _try_out(old, new, before, width, both_ends)
+        _try_out(old, new, before, width, ends.gives)
     return new
 
 
-def _resized(old: nn.Module, dependent: Dependent, after: int, both_ends: bool) -> nn.Module:
+def _built_again(old: ProjectionHead, width: int, ends: Ends) -> nn.Module:
+    """One of headplug's heads in another width, with all that does not touch it (frozen layers)."""
+    names = [n for n, changes in zip(("input_dim", "output_dim"), ends, strict=True) if changes]
+    new = layers.like(create_head({**old.config, **dict.fromkeys(names, width)}), old)
+    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
+    kept = {n: t for n, t in old.state_dict().items() if shapes.get(n) == t.shape}
+    new.load_state_dict(kept, strict=False)
+    return new
+
+
+def _resized(old: nn.Module, dependent: Dependent, after: int, ends: Ends) -> nn.Module:
     before = dependent.width
     try:
         new = detached_copy(old)
@@ -189,12 +177,12 @@ def _resized(old: nn.Module, dependent: Dependent, after: int, both_ends: bool) 
         raise Unknown(f"it cannot be copied ({error})") from error
     within = [p for p, m in new.named_modules() if layers.is_layer(m)]
     changed = [
-        _resize_state(module, dependent, after, both_ends)
+        _resize_state(module, dependent, after, ends)
         for path, module in new.named_modules()
         if not any(not layer or path == layer or inside(path, layer) for layer in within)
     ]
     for chain in _chains(new, before):
-        for path, layer in _made(chain, before, after, both_ends):
+        for path, layer in _made(chain, before, after, ends):
             changed.append(True)
             if not path:
                 return layer
@@ -205,7 +193,7 @@ def _resized(old: nn.Module, dependent: Dependent, after: int, both_ends: bool) 
     return new
 
 
-def _resize_state(module: nn.Module, dependent: Dependent, after: int, both_ends: bool) -> bool:
+def _resize_state(module: nn.Module, dependent: Dependent, after: int, ends: Ends) -> bool:
     """Follows the width in what a module holds itself: queues, centres, sizes; says whether."""
     before, changed = dependent.width, False
     held = {**vars(module), **module._parameters, **module._buffers}
@@ -217,7 +205,9 @@ def _resize_state(module: nn.Module, dependent: Dependent, after: int, both_ends
             first_batch = dependent.kind == "loss state"  # its loss makes it then
             average = "cent" in name or dependent.kind == "loss centre"
             new = None if first_batch else layers.resized(value, before, after, average=average)
-        elif name in (*SIZES, "output_dim") and (name in SIZES or both_ends or not _gives(module)):
+        elif (name in SIZES and ends.takes) or (
+            name == "output_dim" and (ends.gives or not _gives(module))
+        ):
             if isinstance(value, int) and value == before:
                 new = after
             elif isinstance(value, tuple | list) and list(value[-1:]) == [before]:
@@ -261,14 +251,12 @@ def _chains(module: nn.Module, width: int) -> Iterator[Chain]:
         yield whole
 
 
-def _made(
-    chain: Chain, before: int, after: int, both_ends: bool
-) -> Iterator[tuple[str, nn.Module]]:
+def _made(chain: Chain, before: int, after: int, ends: Ends) -> Iterator[tuple[str, nn.Module]]:
     """New layers for those at the ends of a chain that have the old width."""
     linear = [i for i, (_, layer) in enumerate(chain) if isinstance(layer, nn.Linear)]
     first, last = (linear[0], linear[-1]) if linear else (len(chain), len(chain))
     for i, (path, layer) in enumerate(chain):
-        takes, gives = i <= first, both_ends and i >= last
+        takes, gives = ends.takes and i <= first, ends.gives and i >= last
         if isinstance(layer, nn.Linear):
             fan_in = after if takes and layer.in_features == before else layer.in_features
             fan_out = after if gives and layer.out_features == before else layer.out_features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from headplug.errors import SlotError
 
 Named = list[tuple[str, nn.Parameter]]
+T = TypeVar("T")
 
 
 class Move(NamedTuple):
@@ -111,9 +112,9 @@ def holders(
     return [g for g in groups if any(id(p) in ids for p in g["params"])]
 
 
-def alive() -> list[Optimizer]:
-    """Every optimiser of this process."""
-    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
+def alive(kind: type[T]) -> list[T]:
+    """Every object of a class, or of one derived from it, in this process."""
+    return [o for o in gc.get_objects() if issubclass(type(o), kind)]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

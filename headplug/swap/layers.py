@@ -68,8 +68,10 @@ def linear(old: nn.Linear, fan_in: int, fan_out: int) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)
         new = normed(nn.Linear(fan_in, fan_out, bias=old.bias is not None))
     length, was = new.get_parameter(names[0]), old.get_parameter(names[0])
-    if length.shape == was.shape and not was.is_meta and (was == was[0]).all():
-        length.data.copy_(was)  # a length that was set, for all rows
+    if was.shape != (old.out_features, 1):
+        raise Unknown(f"its layer {type(old).__name__} is normalised along another axis")
+    if not was.is_meta and (was == was[0]).all():
+        length.data.fill_(was[0].item())  # a length that was set, for all rows
     return like(new, old)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,11 @@ from headplug.errors import HeadplugError
 from headplug.heads.parameters import count
 from headplug.hosts import HeadSlot
 from headplug.swap.changes import Change
+
+FORGOTTEN = (
+    "this seems to be made for {} features, and the projection now has {}: {}. If the loss of this "
+    "model uses it, pass it: outside=[...]."
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class SwapReport:
     rebuilt: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def with_note(self, note: str) -> SwapReport:
+        """The same with one more thing that the user should know."""
+        return replace(self, notes=(*self.notes, note))
+
     def as_dict(self) -> dict[str, Any]:
         """The same as plain containers, for JSON."""
         return asdict(self)
@@ -69,6 +78,7 @@ def make_report(
     output_dim: int,
     changes: Sequence[Change],
     outside: Sequence[nn.Module],
+    left: Sequence[str],
 ) -> SwapReport:
     """What putting a new head in the place of the old one changes; nothing is changed by it.
 
@@ -78,6 +88,7 @@ def make_report(
         output_dim: Width of the new projection.
         changes: Everything that is replaced: the head, its EMA copy, and what follows them.
         outside: Modules of the user's script that may follow, too.
+        left: What was found that may have to follow, and was not passed.
     """
     old: nn.Module = changes[0].old
     trainable, frozen = zip(count(old), count(new), strict=True)
@@ -94,7 +105,7 @@ def make_report(
         rebuilt=tuple(c.paths[0] for c in follow),
         notes=(
             *_notes(changes[0].root, place, old, new),
-            *(_notes_on_width(changes[0].root, place, output_dim, follow, outside)),
+            *_notes_on_width(changes[0].root, place, output_dim, follow, outside, left),
         ),
     )
 
@@ -122,17 +133,21 @@ def _notes_on_width(
     output_dim: int,
     follow: Sequence[Change],
     outside: Sequence[nn.Module],
+    left: Sequence[str],
 ) -> Iterator[str]:
     if output_dim == place.output_dim:
         return
-    if not place.complete:
+    if left:
+        yield FORGOTTEN.format(place.output_dim, output_dim, ", ".join(left))
+    elif not place.complete and not outside:
         yield (
-            f"the projection changes from {place.output_dim} to {output_dim} features: what is "
-            "made for the old width and is not in the model must follow; pass it, outside=[...]."
+            f"the projection changes from {place.output_dim} to {output_dim} features. What your "
+            "script holds for the old width (prototypes, a predictor, a loss with a memory bank or "
+            "a centre) fails at the first batch unless you pass it: outside=[...]."
         )
     held = {id(m) for c in follow if isinstance(c.old, nn.Module) for m in c.old.modules()}
     for module in outside:
-        if module not in set(model.modules()) and not any(id(m) in held for m in module.modules()):
+        if not any(id(m) in held for m in module.modules()):
             yield (
                 f"the {type(module).__name__} in outside holds nothing of {place.output_dim} "
                 "features and stays as it is."

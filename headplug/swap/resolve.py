@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import nn
 
 from headplug.errors import DimensionError, SlotError
-from headplug.hosts import HeadSlot, find_slots, slot_at
-from headplug.hosts.modules import dims, submodule
+from headplug.hosts import HeadSlot, find_slots, plain_role, slot_at
+from headplug.hosts.modules import dims, named_modules, submodule
 from headplug.hosts.twins import find_original
 
 
@@ -57,18 +57,26 @@ def resolve(model: nn.Module, slot: str | HeadSlot | None, twin: str | None) -> 
 
 
 def _only_head(model: nn.Module, twin: str | None) -> HeadSlot:
-    found = [s for s in find_slots(model) if s.role == "projection"]
+    slots = find_slots(model)
+    found = [s for s in slots if s.role == "projection"]
     found = [s for s in found if twin not in (s.path, *s.aliases)]
     if len(found) == 1:
         return found[0]
     if found and {s.path for s in found} == {found[0].path, *found[0].maybe_twins}:
         raise _unclear(found[0])
-    listing = "; ".join(str(s) for s in found)
-    tops = ", ".join(n for n, _ in model.named_children())
+    if found:
+        raise SlotError(
+            f"the model has {len(found)} known projection heads: {'; '.join(map(str, found))}. "
+            f"Name the one to swap: slot={found[0].path!r}."
+        )
+    for path, module in named_modules(model):
+        if plain_role(path, module) == "projection":
+            slot_at(model, path)  # says that it has no widths
+    tops = ", ".join(n for n, _ in model.named_children()) or "none"
+    other = f" It has {'; '.join(map(str, slots))}." if slots else ""
     raise SlotError(
-        f"the model has {len(found) or 'no'} known projection heads"
-        + (f": {listing}. " if found else f"; its modules are {tops or 'none'}. ")
-        + f"Name the one to swap: slot={found[0].path if found else 'path.of.the.head'!r}."
+        f"the model has no known projection heads; its modules are {tops}.{other} Name the one to "
+        "swap: slot='path.of.the.head'. A bare backbone (DirectCLR's, say) has none."
     )
 
 

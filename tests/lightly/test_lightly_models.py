@@ -7,7 +7,9 @@ tokens and maps all come from the same features.
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from headplug import create_head, find_slots, swap_head
@@ -23,7 +26,7 @@ from headplug.errors import DimensionError, SlotError
 pytest.importorskip("lightly")
 
 from lightly import loss as losses
-from lightly.models.modules import heads
+from lightly.models.modules import MaskedVisionTransformerTorchvision, heads
 from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.models.modules.nn_memory_bank import NNMemoryBankModule
 from lightly.models.utils import activate_requires_grad, deactivate_requires_grad, update_momentum
@@ -514,6 +517,7 @@ class CAPI(Model):
     """A student's and a teacher's head that are both trained and no copies of each other."""
 
     slot = path = "student_head"
+    dependents = ("teacher_head",)
 
     def __init__(self, z: int) -> None:
         super().__init__()
@@ -522,15 +526,20 @@ class CAPI(Model):
         self.criterion = losses.CAPILoss()
 
     def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher = self.teacher_head(self.backbone(x0).flatten(1, 2))
-        return self.criterion(teacher, self.student_head(self.backbone(x1).flatten(1, 2)))
+        teacher = self.teacher_head(self.backbone(x0).flatten(1, 2).detach())
+        student = self.student_head(self.backbone(x1).flatten(1, 2))
+        return self.criterion(teacher, student) + self.criterion(teacher, teacher)
+
+
+class CAPITeacher(CAPI):
+    slot = path = "teacher_head"
+    dependents = ("student_head",)
 
 
 PATTERNS: list[type[Model]] = [
     SimCLR, DCL, FroSSL, BarlowTwins, VICReg, DetCon, LeJEPA, VICRegL, VICRegLLocal, SimSiam, NNCLR,
     SwAV, SwAVQueue, BYOL, BYOLBenchmark, MoCo, MoCoV3, TiCo, MMCR, SMoG, DenseCL, DenseCLLocal,
-    DINO, DINOBenchmark, IBOT, DINOv2, MSN, PMSN, CAPI,
+    DINO, DINOBenchmark, IBOT, DINOv2, MSN, PMSN, CAPI, CAPITeacher,
 ]  # fmt: skip
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.__name__)
 
@@ -630,6 +639,8 @@ def test_dependents_are_told_by_kind() -> None:
         ("criterion", "loss centre"),
         ("criterion", "loss state"),
         ("patch_criterion.center", "loss centre"),
+        ("teacher_head", "clusters"),
+        ("student_head", "clusters"),
     }
 
 
@@ -672,7 +683,7 @@ def test_two_steps_with_another_head_of_the_same_width(pattern: type[Model], nam
 
 
 TOGETHER: dict[type[Model], str] = {  # heads of one model that must agree on the width
-    VICRegL: "local_projection_head", VICRegLLocal: "projection_head", CAPI: "teacher_head",
+    VICRegL: "local_projection_head", VICRegLLocal: "projection_head",
 }  # fmt: skip
 
 
@@ -764,6 +775,35 @@ def test_the_prototypes_of_msn_are_trained_and_averages_forgotten() -> None:
     assert torch.equal(dino.criterion.center, torch.zeros(1, 1, 6))
 
 
+def test_a_frozen_embedding_in_capis_other_head_stays_as_it_is() -> None:
+    model = build(CAPI)
+    teacher = swap_head(model, "ae_embedding", "teacher_head", weights=weights()).head
+    student = swap_head(model, "simclr_plain", "student_head", output_dim=5)
+    assert student.report.rebuilt == ("teacher_head",)
+    assert (model.teacher_head.output_dim, teacher.output_dim) == (5, Z)
+    assert torch.equal(model.teacher_head.embedding.weight, weights()[0])
+    student.restore()
+    assert model.teacher_head is teacher
+
+
+def test_the_lengths_of_capis_clusters_stay_one_and_frozen() -> None:
+    model = build(CAPI)
+    swap_head(model, "simclr_plain", "teacher_head", output_dim=6)
+    layer = model.student_head.layer
+    assert (layer.weight_g.shape, layer.weight_g.requires_grad) == ((6, 1), False)
+    assert (layer.weight_g == 1).all()
+    assert layer.weight_v.shape == (6, H)
+
+
+def test_the_predictor_of_capi_is_in_front_of_the_head() -> None:
+    module = pytest.importorskip("lightly.models.modules.capi_predictor_timm")
+    model = build(CAPI)
+    model.predictor = module.CAPIPredictorTIMM(embed_dim=Z, grid_size=3, depth=1, num_heads=2)
+    assert [s.path for s in find_slots(model)] == ["student_head", "teacher_head"]
+    swap = swap_head(model, "simclr_plain", "student_head", output_dim=6)
+    assert swap.report.rebuilt == ("teacher_head",)
+
+
 # losses and banks that the user's script holds
 
 
@@ -816,12 +856,63 @@ def test_what_the_script_holds_follows_and_stays_the_same_object(
     train(model, old, model.get_submodule(pattern.twin) if pattern.twin else None, steps=1)
 
 
-def test_a_loss_of_the_script_that_is_not_passed_fails_loudly() -> None:
-    model, _ = lone(MoCo, "criterion")
-    swap = swap_head(model, "simclr_plain", output_dim=6)
-    assert any("outside=[...]" in note for note in swap.report.notes)
+@pytest.mark.parametrize(
+    ("pattern", "names", "words"),
+    [
+        (MoCo, ["criterion"], ["NTXentLoss (memory bank)"]),
+        (NNCLR, ["memory_bank"], ["NNMemoryBankModule (memory bank)"]),
+        (
+            SwAVQueue,
+            ["queues", "prototypes"],
+            ["MemoryBankModule (memory", "SwaVPrototypes (proto"],
+        ),
+        (BYOL, ["prediction_head"], ["BYOLPredictionHead (prediction)"]),
+        (DINO, ["criterion"], ["DINOLoss (loss centre)"]),
+        (TiCo, ["criterion"], ["TiCoLoss (loss state)"]),
+    ],
+)
+def test_what_the_script_holds_and_does_not_pass_is_named_and_fails_loudly(
+    pattern: type[Model], names: list[str], words: list[str]
+) -> None:
+    model, _ = lone(pattern, *names)
+    if pattern is TiCo:
+        model.loss(*torch.randn(2, BATCH, 3, 3, C))
+    with pytest.warns(UserWarning, match=r"made for 8 features.*now has 6.*outside=\[") as caught:
+        swap = swap_head(model, "simclr_plain", output_dim=6)
+    (text,) = [str(w.message) for w in caught if "outside=[...]" in str(w.message)]
+    assert all(part in text for part in words)
+    assert text in swap.report.notes
+    assert caught[0].filename == __file__
     with pytest.raises(RuntimeError):
         model.loss(*torch.randn(2, BATCH, 3, 3, C))
+
+
+def test_a_loss_beside_the_model_in_a_larger_module_is_named_too() -> None:
+    model, taken = lone(MoCo, "criterion")
+    larger = nn.ModuleDict({"model": model, "loss": taken["criterion"]})
+    with pytest.warns(UserWarning, match=r"has 6: NTXentLoss \(memory bank\)\."):
+        swap_head(model, "simclr_plain", output_dim=6)
+    assert larger["loss"].memory_bank.size == (32, Z)
+
+
+def test_what_belongs_to_other_models_or_was_swapped_out_is_not_named() -> None:
+    others = [
+        build(MoCo),
+        build(BYOL),
+        losses.NTXentLoss(memory_bank_size=(32, Z + 1)),
+        losses.TiCoLoss(),
+    ]
+    done = swap_head(others[1], "simclr_plain", output_dim=6)
+    gc.collect()  # of earlier tests
+    model, taken = lone(MoCo, "criterion")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        swap_head(model, "simclr_plain", output_dim=6, outside=taken["criterion"]).restore()
+        swap_head(model, "mlp").restore()
+        swap_head(build(BYOL), "simclr_plain", output_dim=6, outside=losses.NTXentLoss())
+        del model, taken
+        swap_head(build(BYOL), "simclr_plain", output_dim=6)
+    assert done.report.rebuilt == ("prediction_head",)
 
 
 def test_a_loss_of_the_script_that_holds_no_width_stays_and_is_noted() -> None:
@@ -1004,6 +1095,14 @@ def pixio() -> nn.Module:
     )  # fmt: skip
 
 
+def simmim() -> nn.Module:
+    return nn.Linear(H, 192)
+
+
+def direct_clr() -> nn.Module:
+    return losses.DirectCLRLoss(loss_dim=6)
+
+
 def ijepa() -> nn.Module:
     module = pytest.importorskip("lightly.models.modules.ijepa_timm")
     return module.IJEPAPredictorTIMM(9, 1, H, HID, num_heads=2)
@@ -1013,19 +1112,24 @@ def ijepa() -> nn.Module:
     ("make", "name", "method"),
     [
         (aim, "projection_head", "AIM"),
-        (mae, "decoder", "MAE"),
-        (pixio, "decoder", "MAE"),
+        (mae, "decoder", "MAE or Pixio"),
+        (pixio, "decoder", "Pixio"),
         (ijepa, "predictor", "I-JEPA"),
+        (direct_clr, "criterion", "DirectCLR"),
+        (simmim, "to_pixels", r"trained by reconstruction \(MAE, SimMIM, ...\)"),
+        (simmim, "decoder", r"trained by reconstruction \(MAE, SimMIM, ...\)"),
     ],
 )
 def test_methods_without_a_projector_are_refused_with_the_reason(
     make: Callable[[], nn.Module], name: str, method: str
 ) -> None:
-    model = nn.ModuleDict({"backbone": nn.Linear(C, H), name: make()})
+    vit = torchvision.models.VisionTransformer(16, 8, 1, 2, H, HID)
+    model = nn.ModuleDict({"backbone": MaskedVisionTransformerTorchvision(vit), name: make()})
     with unchanged(model):
         for call in (find_slots, lambda m: swap_head(m, "simclr_plain")):
             with pytest.raises(SlotError, match=rf"{method} has no projection head.*{name}"):
                 call(model)
+    assert find_slots(nn.ModuleDict({"backbone": model["backbone"]})) == []
     model["g"] = nn.Linear(H, Z)
     assert swap_head(model, "simclr_plain", slot="g").report.paths == ("g",)
 
