@@ -9,7 +9,7 @@ from contextlib import contextmanager
 @contextmanager
 def progress(
     what: str, total: int | None, *, done: int = 0, show: bool = True
-) -> Iterator[Callable[[str], None]]:
+) -> Iterator[Callable[..., None]]:
     """Shows a bar with an ETA on stderr while the block runs.
 
     Args:
@@ -19,10 +19,11 @@ def progress(
         show: Whether to show anything.
 
     Yields:
-        A function to call after each step, with a short note (e.g. the loss) or "".
+        A function to call after each step, with a short note (e.g. the loss) or "", and the number
+        of steps if it was more than one.
     """
     if not show:
-        yield lambda note: None
+        yield lambda note, steps=1: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -43,4 +44,4 @@ def progress(
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
-        yield lambda note: bar.update(task, advance=1, note=note)
+        yield lambda note, steps=1: bar.update(task, advance=steps, note=note)

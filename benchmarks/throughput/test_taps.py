@@ -3,15 +3,44 @@
 import pytest
 import timm
 import torch
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from headplug import features, tap
 
 STAGES = ["layer1", "layer2", "layer3", "layer4", "global_pool"]
 
 
+class Hooked:
+    """As surgeon-pytorch's Inspect does it: hooks that are placed once and fill a dictionary."""
+
+    def __init__(self, model, names):
+        self.model = model
+        self.found = {}
+        for name in names:
+            model.get_submodule(name).register_forward_hook(
+                lambda module, args, out, name=name: self.found.update({name: out})
+            )
+
+    def __call__(self, x):
+        self.found.clear()
+        return self.model(x), dict(self.found)
+
+
 @pytest.fixture(scope="module")
-def model():
-    return timm.create_model("resnet18", num_classes=0).eval()
+def models():
+    """Ours, the same with plain hooks, and torchvision's extractor of it."""
+    torch.manual_seed(0)
+    model, hooked = (timm.create_model("resnet18", num_classes=0).eval() for _ in range(2))
+    return {
+        "ours": model,
+        "hooks": Hooked(hooked, STAGES),
+        "torchvision": create_feature_extractor(model, STAGES),
+    }
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["ours"]
 
 
 @pytest.fixture(scope="module")
@@ -19,31 +48,41 @@ def x():
     return torch.randn(8, 3, 64, 64)
 
 
-def test_five_taps_against_none(model, x, against):
-    def plain():
-        with torch.no_grad():
-            model(x)
+@torch.no_grad()
+def plain(model, x):
+    return model(x)
 
-    def tapped():
-        with torch.no_grad(), tap(model, *STAGES) as taps:
-            model(x)
-        return taps
 
-    assert against(tapped, plain) < 1.15
+@torch.no_grad()
+def tapped(model, x):
+    with tap(model, *STAGES) as taps:
+        model(x)
+    return taps
+
+
+def test_five_taps_against_the_bare_forward(model, x, against):
+    assert against(lambda: tapped(model, x), lambda: plain(model, x)) < 1.15
+
+
+@pytest.mark.parametrize("peer", ["hooks", "torchvision"])
+def test_five_taps_against_peers(peer, models, x, against):
+    assert against(lambda: tapped(models["ours"], x), lambda: plain(models[peer], x)) < 1.15
 
 
 @pytest.mark.parametrize("stage", STAGES[:4])
 def test_early_exit_against_the_whole_forward(stage, model, x, against):
-    def whole():
-        with torch.no_grad():
-            model(x)
+    against(lambda: features(model, x, at=stage), lambda: plain(model, x))
 
-    against(lambda: features(model, x, at=stage), whole)
+
+@pytest.mark.parametrize("stage", STAGES[:3])
+def test_early_exit_against_torchvisions_pruned_graph(stage, model, x, against):
+    pruned = create_feature_extractor(model, [stage])
+    assert against(lambda: features(model, x, at=stage), lambda: plain(pruned, x)) < 1.2
 
 
 def test_stages_against_timm(model, x, against):
+    @torch.no_grad()
     def timms():
-        with torch.no_grad():
-            model.forward_intermediates(x, intermediates_only=True)
+        model.forward_intermediates(x, intermediates_only=True)
 
-    against(lambda: features(model, x, at=STAGES[:4]), timms)
+    assert against(lambda: features(model, x, at=STAGES[:4]), timms) < 1.2

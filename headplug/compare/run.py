@@ -174,7 +174,14 @@ class Runner:
                 images, batch_size=None, sampler=batches, num_workers=self.plan.workers
             )
             found.append(
-                extract_features(model, loader, at, transform=self.views.plain, show_progress=True)
+                extract_features(
+                    model,
+                    loader,
+                    at,
+                    transform=self.views.plain,
+                    distributed=False,
+                    show_progress=True,
+                )
             )
         model.cpu()
         # A ResNet's last stage, averaged, is the representation itself: once is enough.

@@ -1,139 +1,230 @@
 """The files of a feature store.
 
-A store is a folder of safetensors shards, written as samples come, and an index that is written
-last, so that an unfinished store is never read. Reading maps the shards into memory.
+A store is a folder of safetensors shards and an index that is written last, so that an unfinished
+store is never read. A shard alone tells what it belongs to and whether it is whole: its metadata
+hold the fingerprint of the extraction and a checksum of each tensor. Same features, same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Mapping
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headplug.errors import CheckpointError, DataError, RunError
+from headplug.errors import CheckpointError, RunError
 from headplug.files import atomic
+from headplug.store.fingerprint import Fingerprint
 
 INDEX = "store.json"
-SCHEMA = 1
-LABELS = ":labels"  # no tap can be called so
-Parts = dict[str, list[Tensor]]
+SCHEMA = 2
+LABELS, IDS, NAMES = ":labels", ":ids", ":names"  # no tap can be called so
+AGAIN = "Run the same extraction again: it recomputes only what is damaged or missing."
 
 
-class Writer:
-    """Gathers batches and writes a shard whenever enough have come.
+class Shard:
+    """One file, of which nothing is read but its header until a tensor is asked for.
 
     Args:
-        folder: Where to write; None keeps all in memory.
-        shard_size: Samples per shard.
+        path: The file.
+
+    Attributes:
+        fingerprint: Of the extraction that wrote it.
+        points: Its taps.
+        shapes: Shape of each tensor; the first number is the shard's samples.
 
     Raises:
-        RunError: The folder holds a finished store, or cannot be written.
+        CheckpointError: It is missing, truncated, or its header is damaged.
     """
 
-    def __init__(self, folder: Path | None, shard_size: int) -> None:
-        if folder is not None:
-            _check(folder)
-        self.folder = folder
-        self.shard_size = shard_size
-        self.features: Parts = {}
-        self.labels: list[Tensor] = []
-        self.shards: list[str] = []
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
 
-    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Takes one batch: features `(B, D)` by tap, and labels `(B,)`."""
-        for point, values in features.items():
-            self.features.setdefault(point, []).append(values)
-        self.labels.append(labels)
-        if self.folder and sum(map(len, self.labels)) >= self.shard_size:
-            self._flush(self.folder)
+        self.path = path
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["headplug"])
+                self.shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+            body = {k: v for k, v in about.items() if k != "check"}
+            if about["check"] != _crc(json.dumps(body).encode()):
+                raise ValueError("its header is damaged")
+            self.fingerprint: Fingerprint = about["fingerprint"]
+            self.points: list[str] = about["points"]
+            self._sums: dict[str, int] = about["crc32"]
+            if self._sums.keys() != self.shapes.keys():
+                raise ValueError("its header is damaged")
+        except Exception as error:  # safetensors and json have types of their own
+            raise self._damaged(error) from None
+        self._checked: set[str] = set()
 
-    def finish(self) -> tuple[Parts, Tensor]:
-        """Writes what is left and the index.
-
-        Returns:
-            The parts of each tap's features, and the labels.
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, mapped into memory; compared with its checksum when it is first read.
 
         Raises:
-            DataError: No batch came.
-            RunError: The folder cannot be written.
+            CheckpointError: The shard is missing or damaged.
         """
-        if not self.features:
-            raise DataError("the loader is empty: there is nothing to extract.")
-        if self.folder is None:
-            joined = {point: [torch.cat(parts)] for point, parts in self.features.items()}
-            return joined, torch.cat(self.labels)
-        if self.labels:
-            self._flush(self.folder)
-        index = {"schema": SCHEMA, "points": list(self.features), "shards": self.shards}
-        with atomic(self.folder / INDEX) as partial:
-            partial.write_text(json.dumps(index))
-        return read_shards(self.folder)
+        from safetensors import safe_open
 
-    def _flush(self, folder: Path) -> None:
-        from safetensors.torch import save_file
+        try:
+            with safe_open(self.path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except Exception as error:
+            raise self._damaged(error) from None
+        if name not in self._checked:
+            if _crc(_bytes(tensor)) != self._sums[name]:
+                raise self._damaged(f"the checksum of {name.lstrip(':')!r} differs")
+            self._checked.add(name)
+        return tensor
 
-        tensors = {point: torch.cat(parts) for point, parts in self.features.items()}
-        name = f"shard-{len(self.shards):05d}.safetensors"
-        with atomic(folder / name) as partial:
-            save_file({**tensors, LABELS: torch.cat(self.labels)}, partial)
-        self.shards.append(name)
-        self.features = {point: [] for point in self.features}
-        self.labels = []
+    def verify(self) -> None:
+        """Compares all tensors with their checksums.
+
+        Raises:
+            CheckpointError: One differs.
+        """
+        for name in self.shapes:
+            self.tensor(name)
+
+    def _damaged(self, why: object) -> CheckpointError:
+        return CheckpointError(f"the shard {self.path} is missing or damaged ({why}). {AGAIN}")
 
 
-def read_shards(folder: Path) -> tuple[Parts, Tensor]:
-    """The parts of each tap's features, mapped into memory, and the labels.
+def write_shard(path: Path, tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> None:
+    """Writes a shard, whole or not at all, and returns when the disk has it.
 
     Raises:
-        CheckpointError: The folder has no index, or the index or a shard is missing or damaged.
+        RunError: It cannot be written.
     """
-    from safetensors import safe_open
+    from safetensors.torch import save_file
 
-    index = _read_index(folder)
-    parts: Parts = {key: [] for key in (*index["points"], LABELS)}
-    for name in index["shards"]:
-        try:
-            with safe_open(folder / name, "pt") as shard:
-                for key, tensors in parts.items():
-                    tensors.append(shard.get_tensor(key))
-        except Exception as error:
-            raise CheckpointError(
-                f"the shard {folder / name} is missing or damaged ({error}); delete {folder} and "
-                "extract again."
-            ) from None
-    labels = torch.cat(parts.pop(LABELS))
-    return parts, labels
+    about: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "points": [name for name in tensors if name not in (LABELS, IDS, NAMES)],
+        "crc32": {k: _crc(_bytes(v)) for k, v in tensors.items()},
+    }
+    about["check"] = _crc(json.dumps(about).encode())
+    with atomic(path) as partial:
+        # one entry, because safetensors writes several in an order that changes
+        save_file(dict(tensors), partial, metadata={"headplug": json.dumps(about)})
+        _to_disk(partial)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def write_index(folder: Path, shards: Sequence[Shard], fingerprint: Fingerprint) -> None:
+    """Writes the index of a finished store.
+
+    Args:
+        folder: Of the store.
+        shards: All of them.
+        fingerprint: Of the extraction.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    index = {
+        "schema": SCHEMA,
+        "points": shards[0].points,
+        "fingerprint": fingerprint,
+        "shards": [{"file": s.path.name, "bytes": s.path.stat().st_size} for s in shards],
+    }
+    with atomic(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+        _to_disk(partial)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a store.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
     if not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"{folder} holds no finished feature store (no {INDEX}); extract again."
+            f"{folder} holds no finished feature store (no {INDEX}). Run the same extraction again "
+            "to finish it."
         )
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text("utf-8"))
         if index["schema"] == SCHEMA and index["points"] and index["shards"]:
             return index
         reason = f"its schema is {index['schema']}, and {SCHEMA} can be read"
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise CheckpointError(f"{folder / INDEX} cannot be used ({reason}); extract again.")
+    raise CheckpointError(
+        f"{folder / INDEX} cannot be used ({reason}). Run the same extraction again to write it "
+        "anew."
+    )
 
 
-def _check(folder: Path) -> None:
-    """Finds out before the work whether its result can be written."""
-    if (folder / INDEX).exists():
-        raise RunError(
-            f"{folder} holds a finished feature store; read it with FeatureStore.open(), or name "
-            "another folder."
-        )
+def read_store(folder: Path) -> list[Shard]:
+    """The shards of a finished store; all of them are there and have their size.
+
+    Raises:
+        CheckpointError: There is no finished store, or shards are missing, truncated or another
+            store's; the message names them.
+    """
+    index = read_index(folder)
+    shards, damaged = [], []
+    for entry in index["shards"]:
+        path = folder / entry["file"]
+        try:
+            shard = Shard(path)
+            if shard.fingerprint != index["fingerprint"]:
+                raise shard._damaged("it belongs to another store")
+            if (size := path.stat().st_size) != entry["bytes"]:
+                raise shard._damaged(f"it has {size} bytes, not {entry['bytes']}")
+            for name in {IDS, NAMES, LABELS} & shard.shapes.keys():  # read at once anyway
+                shard.tensor(name)
+            shards.append(shard)
+        except CheckpointError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointError("\n".join(damaged))
+    return shards
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard is."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def shard_number(name: str) -> int | None:
+    """Which shard a file is; None if it is none."""
+    match = re.fullmatch(r"shard-(\d{5,})\.safetensors", name)
+    return int(match[1]) if match else None
+
+
+def prepare(folder: Path) -> None:
+    """Makes the folder, finds out whether it can be written to, and removes what a kill left.
+
+    Raises:
+        RunError: It cannot be written to.
+    """
+    import tempfile
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        for partial in (*folder.glob(".shard-*.partial"), *folder.glob(f".{INDEX}.*.partial")):
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error}. Choose another folder.") from None
+
+
+def _crc(content: Any) -> int:
+    return zlib.crc32(content)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def _to_disk(path: Path) -> None:
+    """A rename that outlives a power cut must not be of bytes that did not."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -134,14 +134,3 @@ def features(
     default = Tap("", 0, pool, False, False, dtype, device, False)
     with Reader(layout, at, layout.resolve(requested(at, default)), grad=grad) as read:
         return read(x).read()
-
-
-def read(layout: Layout, points: Any, x: Any, *, grad: bool = False) -> dict[str, Any]:
-    # FOR THE STORE'S AUTHOR (helper S): this and resolve(list) are a bridge of today; move to
-    #   asked = layout.resolve(requested(at, Tap("", 0, pool, False, False, dtype, None, False)))
-    #   with Reader(layout, at, asked, compiled=True) as read: found = read(x)
-    # (headplug.taps.reading.Reader, headplug.taps.options.Tap/requested; `pool` may be a name or a
-    # callable; `read(x).by_depth()` is {point name: tensor} in depth order; open the Reader once
-    # around the loop), then delete this function and the shim in Layout.resolve().
-    with Reader(layout, None, {p.name: [p] for p in points}, grad=grad) as reader:
-        return reader(x).by_depth()

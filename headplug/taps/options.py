@@ -98,7 +98,7 @@ def agreed(name: str, one: Tap, other: Tap) -> None:
     Raises:
         TapError: It is not.
     """
-    if replace(one, point="") != replace(other, point=""):
+    if one is not other and replace(one, point="") != replace(other, point=""):
         raise TapError(
             f"{name!r} is asked for in two ways; give them names: "
             f"{{'one': Tap({one.point!r}, ...), 'other': Tap({other.point!r}, ...)}}."

@@ -34,9 +34,9 @@ from headplug.hosts import HeadSlot, find_slots
 from headplug.hosts.modules import inside
 from headplug.hosts.twins import COPY_WORDS
 from headplug.taps.names import Name
-from headplug.taps.options import Tap, agreed, requested
+from headplug.taps.options import Tap, agreed
 from headplug.taps.pooling import PLAIN, Form, form_of
-from headplug.taps.wrappers import Compiled, compiled_in, plain, unwrapped
+from headplug.taps.wrappers import Compiled, compiled_in, is_sharded, plain, tappable, unwrapped
 
 HEAD_POINTS = ("pre_projection", "projection")
 SHARED = ("backbone", *HEAD_POINTS)
@@ -73,6 +73,7 @@ class Layout:
         root: The model without its wrappers.
         modules: Every module below the root by path.
         compiled: Where torch.compile was used on the model or on parts of it.
+        sharded: Whether FSDP keeps the weights in parts.
 
     Raises:
         TapError: The model is wrapped in DataParallel, exported or scripted.
@@ -80,8 +81,10 @@ class Layout:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        every = tappable(model)
+        self.compiled: list[Compiled] = compiled_in(every)
+        self.sharded = is_sharded(every)
         self.root, self._prefix = unwrapped(model)
-        self.compiled: list[Compiled] = compiled_in(model)
         # a compiled module has the path of the one inside it, which runs either way
         self.modules = {
             plain(path): module for path, module in self.root.named_modules(remove_duplicate=False)
@@ -149,8 +152,6 @@ class Layout:
         """
         if not asked:
             raise TapError(f"name at least one point, for example: {', '.join(self.names()[:6])}.")
-        if not isinstance(asked, Mapping):  # FOR helper S: a bridge of today, see taps.read
-            asked = requested(list(asked), Tap("", 0, None, False, False, None, None, False))
         found: dict[str, Point] = {}
         resolved = {name: self._resolve(name, tap) for name, tap in asked.items()}
         for point in (p for points in resolved.values() for p in points):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from headplug.taps.hooks import Block, Reached, hooks
 from headplug.taps.points import Layout, Point, flat
 from headplug.taps.record import Taps
-from headplug.taps.wrappers import is_sharded
 
 
 class Reader:
@@ -48,15 +47,14 @@ class Reader:
 
     def __enter__(self) -> Reader:
         layout, compiler = self._layout, self._compiler
-        sharded = is_sharded(layout.model)
         with ExitStack() as stack:
             traced = compiler is not None
             self._block = stack.enter_context(hooks(layout, self._points, self._keep, traced))
             backbones = () if traced else layout.backbones.values()
             self._ran = stack.enter_context(noting(backbones))
-            if not sharded:
+            if not layout.sharded:
                 self._block.needs = _counted([p.how.calls for p in self._points])
-            self._run = _stopping(self._block, layout.model if sharded else layout.root)
+            self._run = _stopping(self._block, layout.model if layout.sharded else layout.root)
             if compiler:
                 self._run = compiler(self._run)
             self._open = stack.pop_all()
@@ -72,8 +70,9 @@ class Reader:
         with torch.set_grad_enabled(self._grad):
             out = self._run(x)
             self._block.drain()
-            with suppress(Reached):
-                finish(self._layout, x, out, self._missing, self._ran)
+            if not all(map(self._taps.seen, self._points)):
+                with suppress(Reached):
+                    finish(self._layout, x, out, self._missing, self._ran)
         return self._taps
 
     def _keep(self, point: Point, value: Any) -> None:
@@ -82,7 +81,7 @@ class Reader:
 
     def _missing(self, path: str) -> bool:
         return any(
-            f"{p.path}.".startswith(f"{path}.") for p in self._points if not self._taps.calls(p)
+            f"{p.path}.".startswith(f"{path}.") for p in self._points if not self._taps.seen(p)
         )
 
 

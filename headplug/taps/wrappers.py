@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -34,13 +34,35 @@ class Compiled(NamedTuple):
     function: Any
 
 
-def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """What is inside the wrappers, and the start of paths to it.
+def tappable(model: Any) -> list[nn.Module]:
+    """All modules of a model.
 
     Raises:
         TapError: The model is no module, or hooks cannot see what it computes.
     """
-    _check(model)
+    if isinstance(model, torch.export.ExportedProgram) or _is_exported(model):
+        raise TapError(
+            "an exported program is a graph of operations: its modules are never called, so there "
+            "is nothing to hook. Tap the model before torch.export, or export a module that "
+            "returns what you want to read."
+        )
+    if not isinstance(model, nn.Module):
+        raise TapError(f"taps read an nn.Module, not a {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TapError(
+            "TorchScript runs without hooks. Tap the model that was scripted or traced instead."
+        )
+    every = list(model.modules())
+    if any(isinstance(m, nn.DataParallel) for m in every):
+        raise TapError(
+            "DataParallel runs copies of the model, and hooks see a part of the batch in each. "
+            "Tap model.module, or use DistributedDataParallel."
+        )
+    return every
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """What is inside the wrappers, and the start of paths to it."""
     prefix = ""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -57,25 +79,28 @@ def plain(path: str) -> str:
     >>> plain("backbone._orig_mod.layer1")
     'backbone.layer1'
     """
-    if not any(name in path for name in INNER):
+    if "._" not in path and not path.startswith("_"):
         return path
     return ".".join(part for part in path.split(".") if part not in INNER)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP, of either generation, keeps the weights of the model in parts."""
+def is_sharded(modules: Sequence[nn.Module]) -> bool:
+    """Whether FSDP, of either generation, keeps the weights of some modules in parts."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     kinds = fsdp and (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
-    return bool(kinds) and any(isinstance(m, kinds) for m in model.modules())
+    return bool(kinds) and any(isinstance(m, kinds) for m in modules)
 
 
-def compiled_in(model: nn.Module) -> list[Compiled]:
-    """Every use of torch.compile on a module of a model, its call or one of its methods."""
+def compiled_in(modules: Sequence[nn.Module]) -> list[Compiled]:
+    """Every use of torch.compile on one of some modules, its call or one of its methods."""
+    if "torch._dynamo" not in sys.modules:
+        return []
     return [
         Compiled(module, name, value)
-        for module in model.modules()
+        for module in modules
+        if FunctionType in map(type, vars(module).values())
         for name, value in vars(module).items()
-        if type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable")
+        if hasattr(value, "_torchdynamo_orig_callable") and type(value) is FunctionType
     ]
 
 
@@ -100,26 +125,6 @@ def _codes(model: nn.Module, compiled: list[Compiled]) -> Iterator[CodeType]:
         function = inspect.unwrap(getattr(function, "__func__", function))
         if isinstance(code := getattr(function, "__code__", None), CodeType):
             yield code
-
-
-def _check(model: Any) -> None:
-    if isinstance(model, torch.export.ExportedProgram) or _is_exported(model):
-        raise TapError(
-            "an exported program is a graph of operations: its modules are never called, so there "
-            "is nothing to hook. Tap the model before torch.export, or export a module that "
-            "returns what you want to read."
-        )
-    if not isinstance(model, nn.Module):
-        raise TapError(f"taps read an nn.Module, not a {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TapError(
-            "TorchScript runs without hooks. Tap the model that was scripted or traced instead."
-        )
-    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
-        raise TapError(
-            "DataParallel runs copies of the model, and hooks see a part of the batch in each. "
-            "Tap model.module, or use DistributedDataParallel."
-        )
 
 
 def _is_exported(model: Any) -> bool:

@@ -1,0 +1,61 @@
+"""What extraction to disk costs beyond the bare forward loop, and how fast a store is read."""
+
+import shutil
+
+import pytest
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from headplug import FeatureStore, extract_features
+
+STAGES = ["layer1", "layer2", "layer3", "layer4", "global_pool"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("resnet18", num_classes=0).eval()
+
+
+@pytest.fixture(scope="module")
+def loader():
+    data = TensorDataset(torch.randn(512, 3, 64, 64), torch.arange(512))
+    return DataLoader(data, batch_size=32)
+
+
+def test_extraction_to_disk_against_the_bare_forward_loop(model, loader, tmp_path, against):
+    """Writes, checksums and the fingerprint of the weights included."""
+
+    def bare():
+        with torch.no_grad():
+            for x, _ in loader:
+                model(x)
+
+    def extraction():
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        extract_features(model, loader, STAGES, tmp_path / "store", shard_size=128)
+
+    against(extraction, bare, rounds=9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """1 GB of features in 64 shards."""
+    path = tmp_path_factory.mktemp("features") / "store"
+    data = DataLoader(TensorDataset(torch.randn(64 * 1024, 4096)), batch_size=1024)
+    extract_features(torch.nn.Sequential(torch.nn.Identity()), data, "0", path, shard_size=1024)
+    return path
+
+
+@pytest.mark.parametrize("how", ["whole", "parts"])
+def test_reading_a_gigabyte_from_page_cache(how, folder, one_thread, benchmark):
+    """With every checksum compared; in parts nothing is copied."""
+
+    def read():
+        store = FeatureStore.open(folder)
+        if how == "whole":
+            return store["0"].nbytes
+        return sum(part.nbytes for part in store.parts("0"))
+
+    size = benchmark.pedantic(read, rounds=5, warmup_rounds=1)
+    benchmark.extra_info["GB_per_s"] = size / 1e9 / benchmark.stats["median"]

@@ -1,0 +1,166 @@
+"""Several processes of torch.distributed make one store, bit for bit as one process does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from headplug import extract_features
+from headplug.errors import RunError
+
+SCRIPT = """
+import json, os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from headplug import FeatureStore, extract_features
+from headplug.errors import HeadplugError
+
+torch.set_num_threads(1)
+folder, size = Path(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(0)
+data = TensorDataset(torch.rand(61, 1, 4, 4), torch.randperm(61))
+model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+AT = ["2", "4"]
+
+def run(loader, out=None, model=model):
+    return extract_features(model, loader, AT, out, shard_size=8)
+
+def files(out):
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+def same(a, b):
+    return (
+        a.points == b.points and torch.equal(a.labels, b.labels) and list(a.ids) == list(b.ids)
+        and all(torch.equal(a[p], b[p]) for p in a.points)
+    )
+
+def refused(work):
+    started = time.perf_counter()
+    try:
+        work()
+    except (HeadplugError, OSError) as error:
+        return [type(error).__name__, str(error), time.perf_counter() - started]
+    return None
+
+one = run(DataLoader(data, batch_size=4), folder / "one")
+whole = files(folder / "one")
+cut = folder / "cut"
+run(DataLoader(data, batch_size=4), cut)
+for name in ("store.json", *(f"shard-0000{i}.safetensors" for i in (0, 3, 4, 6))):
+    (cut / name).unlink()
+
+class Broken(Dataset):
+    def __init__(self, how):
+        self.how = how
+    def __len__(self):
+        return 61
+    def __getitem__(self, i):
+        if dist.get_rank() == 1 and i in self.how:
+            self.how[i]()
+        return data[i]
+
+def fail():
+    raise OSError("the disk of rank 1 went away")
+
+def work(rank):
+    found = {}
+    found["plain"] = same(run(DataLoader(data, batch_size=4, shuffle=True), folder / "a"), one)
+    sampler = DistributedSampler(data)
+    found["memory"] = same(run(DataLoader(data, batch_size=4, sampler=sampler)), one)
+    found["sampler"] = same(run(DataLoader(data, batch_size=4, sampler=sampler), folder / "b"), one)
+    found["resumed"] = same(run(DataLoader(data, batch_size=4), cut), one)
+    found["finished"] = same(run(DataLoader(data, batch_size=4), folder / "one"), one)
+
+    rows = list(sampler)  # with padding
+    x, y = data.tensors
+    parts = [torch.tensor(rows[i : i + 4]) for i in range(0, len(rows), 4)]
+    with_ids = [(x[p], y[p], p) for p in parts]
+    for name, out in (("stream", folder / "c"), ("stream in memory", None)):
+        store = run(with_ids, out)
+        found[name] = (
+            store.ids.tolist() == list(range(61))
+            and torch.equal(store.labels, one.labels)
+            and all(torch.allclose(store[p], one[p], atol=1e-6) for p in AT)
+        )
+    (folder / "c" / "store.json").unlink(missing_ok=True)
+    found["stream again"] = len(run(with_ids, folder / "c"))
+    found["no ids"] = refused(lambda: run([(x[p], y[p]) for p in parts]))
+
+    model[1].running_mean += rank  # as plain BatchNorm leaves it under DDP
+    state = model[1].running_mean.clone()
+    found["buffers"] = same(run(DataLoader(data, batch_size=4)), one)
+    found["buffers back"] = torch.equal(model[1].running_mean, state)
+    with torch.no_grad():
+        bias = model[4].bias.clone()
+        model[4].bias += rank
+    found["weights"] = refused(lambda: run(DataLoader(data, batch_size=4), folder / "d"))
+    with torch.no_grad():
+        model[4].bias.copy_(bias)
+
+    alone = rank == 0 and extract_features(model, DataLoader(data, batch_size=4), AT, distributed=False)
+    found["alone"] = rank > 0 or same(alone, one)
+    found["fails"] = refused(lambda: run(DataLoader(Broken({9: fail}), batch_size=4), folder / "e"))
+    dead = DataLoader(Broken({9: lambda: os._exit(7)}), batch_size=4)
+    found["dies"] = refused(lambda: run(dead, folder / "f"))
+    return found
+
+children = []
+for rank in range(size):
+    child = os.fork()
+    if not child:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size,
+            timeout=timedelta(seconds=60),
+        )
+        try:
+            found = work(rank)
+            (folder / f"rank{rank}.json").write_text(json.dumps(found))
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    children.append(child)
+for child in children:
+    os.waitpid(child, 0)
+found = [json.loads(p.read_text()) for p in sorted(folder.glob("rank*.json"))]
+equal = {name: files(folder / name) == whole for name in ("a", "b", "cut", "one")}
+print(json.dumps([found, equal]))
+"""
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_make_what_one_makes(python, tmp_path, size):
+    found, equal = json.loads(python(SCRIPT, tmp_path, size))
+    assert equal == dict.fromkeys(("a", "b", "cut", "one"), True)
+    assert len(found) == size - 1  # the one that dies reports nothing
+    for rank, one in enumerate(found):
+        for name in (
+            "plain", "memory", "sampler", "resumed", "finished", "stream", "stream in memory",
+            "buffers", "buffers back", "alone",
+        ):  # fmt: skip
+            assert one[name] is True, (rank, name)
+        assert one["stream again"] == 61
+        assert one["no ids"][0] in ("DataError", "RunError")
+        assert "whose samples have no ids" in one["no ids"][1]
+        assert "process 1 has others than process 0" in one["weights"][1]
+        assert "the model's weights" in one["weights"][1]
+        assert one["fails"][0] == "RunError"  # on the processes where nothing failed
+        assert "process 1 of" in one["fails"][1]
+        assert "the disk of rank 1 went away" in one["fails"][1]
+        assert one["dies"][0] == "RunError"
+        assert one["dies"][2] < 30
+
+
+def test_started_by_a_launcher_without_a_process_group_is_refused(model, loader, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=r"init_process_group\('gloo'\).*distributed=False"):
+        extract_features(model, loader, "projection")
+    assert len(extract_features(model, loader, "projection", distributed=False)) == 23
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert len(extract_features(model, loader, "projection")) == 23
+    assert not torch.distributed.is_initialized()
