@@ -1049,3 +1049,17 @@ def test_the_optimiser_is_warned_about_after_a_head_without_parameters_too(name:
         swap_head(model, "simclr_plain").restore()
     with pytest.raises(SlotError, match="in no groups"):
         swap_head(model, "simclr_plain", optimizer=optimizer)
+
+
+def test_weights_of_a_whole_model_are_taken_from_the_place_that_is_named() -> None:
+    def model() -> nn.Module:
+        parts = {"backbone": nn.Linear(4, 6), "projector": nn.Linear(6, 3)}
+        heads = {name: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3)) for name in "ab"}
+        return nn.ModuleDict(parts | {"predictor": heads["a"], "predictor2": heads["b"]})
+
+    trained, new = model(), model()
+    options = {"hidden_dim": 5, "weights": trained}
+    for slot in ("predictor2", "predictor"):
+        swap = swap_head(new, "simclr_plain", slot=slot, twin=None, **options)
+        ours, theirs = swap.head.state_dict().values(), trained[slot].state_dict().values()
+        assert all(map(torch.equal, ours, theirs))

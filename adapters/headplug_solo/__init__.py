@@ -23,11 +23,13 @@ class Method(NamedTuple):
         dependents: Attributes of the method that follow the width of the projection.
         twin: Path of the momentum projector.
         path: Path of the projector.
+        uses: Options of the method that, above zero, make it use an attribute of the head.
     """
 
     dependents: tuple[str, ...] = ()
     twin: str | None = None
     path: str = "projector"
+    uses: tuple[tuple[str, str], ...] = ()
 
 
 EMA = "momentum_projector"
@@ -52,7 +54,14 @@ METHODS = {
     "all4one": Method(("predictor", "predictor2", "transformer_encoder", "queue"), EMA),
 }
 # where a user may name a larger head: DINO's with its last layer, whose output is the prototypes'
-WHOLE = {"dino": Method(("dino_loss_func.center",), "momentum_head", "head")}
+WHOLE = {
+    "dino": Method(
+        ("dino_loss_func.center",),
+        "momentum_head",
+        "head",
+        uses=(("freeze_last_layer", "last_layer"),),
+    )
+}
 KINDS = {
     "predictor": "prediction",
     "predictor2": "prediction",
@@ -95,7 +104,10 @@ class SoloAdapter:
                 f"solo-learn's {name!r} cannot take another projection head: {reason}. "
                 "Read its features with tap() and a module's path instead."
             )
-        return [self.describe(model, METHODS[name].path)]
+        path = METHODS[name].path
+        if not _has(model, path) and name in WHOLE:  # another whole head is there
+            path = WHOLE[name].path
+        return [self.describe(model, path)]
 
     def describe(self, model: nn.Module, path: str) -> HeadSlot:
         """The slot at a path; for the method's heads by the tables."""
@@ -117,6 +129,11 @@ class SoloAdapter:
                 )
                 for p in method.dependents
                 if _has(model, p)
+            ),
+            needs=tuple(
+                (attribute, f"Set {option}=0 (in a config: method_kwargs.{option}=0).")
+                for option, attribute in method.uses
+                if getattr(model, option) > 0
             ),
             tail=_tail(model, path),
             complete=True,  # its losses are functions

@@ -20,7 +20,7 @@ from typing import Any
 
 from headplug.errors import HeadplugError, OptionError, UnknownNameError
 from headplug_solo.config import ENVIRONMENT, merged
-from headplug_solo.patch import arm, swapped
+from headplug_solo.patch import arm, made
 
 SCRIPT = "HEADPLUG_SOLO_SCRIPT"
 USAGE = """usage: headplug-solo [--headplug FILE.yaml | --headplug KEY=VALUE ...] SCRIPT ...
@@ -143,7 +143,7 @@ def _block(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _refuse_idle(script: str) -> None:
-    if not swapped:
+    if not any(made):
         raise HeadplugError(
             f"{script} made no solo-learn method, so --headplug changed nothing. Give it a script "
             "that does, or leave --headplug out."

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from headplug.errors import CheckpointError, HeadplugError
+from headplug.hosts import slot_at
 from headplug.swap import swap_head
 from headplug_solo.config import (
     EXAMPLE,
@@ -36,7 +37,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 MARK = "_takes_heads_of_headplug"
 
 _loading: ContextVar[bool] = ContextVar("loading", default=False)
-swapped: list[str] = []  # the methods that got another head in this process
+made: list[Block | None] = []  # the head of each method made in this process, None for its own
 
 
 def arm() -> None:
@@ -49,11 +50,30 @@ def arm() -> None:
         if "__new__" not in vars(root):
             _arm_root(root)
 
-    from solo.utils.auto_resumer import AutoResumer
+    from solo.utils import auto_resumer, checkpointer
 
-    by_config = "optimizer.name" in AutoResumer.SHOULD_MATCH  # the release matches arguments
-    if by_config and KEY not in AutoResumer.SHOULD_MATCH:
-        AutoResumer.SHOULD_MATCH.append(KEY)
+    if KEY not in auto_resumer.AutoResumer.SHOULD_MATCH:
+        auto_resumer.AutoResumer.SHOULD_MATCH.append(KEY)
+        if hasattr(auto_resumer, "Namespace"):  # release 1.0.2 has no configs
+            _arm_arguments(auto_resumer, checkpointer.Checkpointer)
+
+
+def _arm_arguments(auto_resumer: Any, checkpointer: Any) -> None:
+    """Puts the head of the run among the arguments that are compared, and in args.json."""
+    namespace, find = auto_resumer.Namespace, auto_resumer.AutoResumer.find_checkpoint
+    save = checkpointer.save_args
+
+    def find_checkpoint(self: Any, args: Any) -> Any:
+        return find(self, namespace(**{**vars(args), KEY: made[-1] if made else None}))
+
+    def save_args(self: Any, trainer: Any, *others: Any) -> None:
+        if KEY in vars(trainer.lightning_module):
+            vars(self.args)[KEY] = trainer.lightning_module.headplug
+        save(self, trainer, *others)
+
+    auto_resumer.Namespace = functools.partial(namespace, **{KEY: None})  # of older runs
+    auto_resumer.AutoResumer.find_checkpoint = find_checkpoint
+    checkpointer.save_args = save_args
 
 
 def _root(cls: type) -> type:
@@ -124,7 +144,9 @@ def _swap_configured(model: Any, config: Any) -> None:
         if block is not None:
             asked = " ".join(f"{KEY}.head.{k}={v}" for k, v in block["head"].items())
             _swap(model, block, config)
-        elif config is not None and KEY in config:
+            return
+        made.append(None)
+        if config is not None and KEY in config:
             _say("no other head is asked for.")
             _write(config, None)
     except HeadplugError as error:
@@ -145,7 +167,7 @@ def _swap(model: Any, block: Block, config: Any) -> None:
     model.headplug = record(block, swap.report.new, swap.report.slot.path)
     if config is not None:
         _write(config, model.headplug)
-    swapped.append(type(model).__name__)
+    made.append(model.headplug)
     _say(swap.report)
 
 
@@ -196,16 +218,20 @@ def _check_checkpoint(model: Any, checkpoint: Mapping[str, Any]) -> None:
 
 def _check_weights(model: Any, state: Mapping[str, Any], slot: str) -> None:
     """solo-learn loads with `strict=False`, which would leave a head random and say nothing."""
-    prefix = slot + "."
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.startswith(prefix)}
-    found = {k: tuple(v.shape) for k, v in state.items() if k.startswith(prefix)}
-    if own != found:
-        unlike = sorted(k for k in {*own, *found} if own.get(k) != found.get(k))
-        raise CheckpointError(
-            f"the checkpoint does not hold the weights of the head at {slot!r}: {unlike[0]!r} has "
-            f"shape {found.get(unlike[0])}, the head's {own.get(unlike[0])}. Load the checkpoint "
-            "that the run wrote, unchanged."
+    place = slot_at(model, slot)
+    paths = [place.path, place.twin, *(p for d in place.dependents for p in (d.path, d.twin))]
+    for path in filter(None, paths):
+        ours, found = (
+            {k: tuple(v.shape) for k, v in of.items() if k == path or k.startswith(f"{path}.")}
+            for of in (model.state_dict(), state)
         )
+        if ours != found:
+            key = min(k for k in {*ours, *found} if ours.get(k) != found.get(k))
+            raise CheckpointError(
+                f"the checkpoint does not hold the weights at {path!r} that go with its head: "
+                f"{key!r} has shape {found.get(key)}, the model's {ours.get(key)}. Load the "
+                "checkpoint that the run wrote, unchanged."
+            )
 
 
 def _check_knn() -> None:

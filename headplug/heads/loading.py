@@ -71,6 +71,24 @@ def read_head(source: Any, head: nn.Module, name: str = "") -> dict[str, Tensor]
     return places[first]
 
 
+def part_at(source: Any, path: str) -> Any:
+    """The part of a model's weights that lies at a path; all, where there is none.
+
+    Raises:
+        UnknownNameError, CheckpointError: As `read_head` does.
+    """
+    _, state = opened(source)
+    if not isinstance(state, Mapping):
+        return source
+    prefix = f"{path}."
+    part = {
+        key.removeprefix(prefix): value
+        for key, value in unwrapped(state).items()
+        if str(key).startswith(prefix)
+    }
+    return part or source
+
+
 def _prefixes(state: Mapping[str, Any]) -> list[str]:
     """Every place in a model where a head may lie, outermost first: "", "model.", ..."""
     dots = [(key, i + 1) for key in state for i, letter in enumerate(key) if letter == "."]

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from headplug.errors import DimensionError, OptionError, SlotError
 from headplug.heads import create_head, describe_head
+from headplug.heads.loading import part_at
 from headplug.hosts import HeadSlot
 from headplug.hosts.modules import dims, tensors
 from headplug.hosts.twins import anchor, copy_frozen
@@ -90,7 +91,7 @@ def plan_swap(
     _refuse_wrapped(model)
     passed = [outside] if isinstance(outside, nn.Module) else list(outside)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        new = _build(head, place, options)
+        new = _build(head, place, options, named=slot is not None)
         output_dim = _check_dims(new, place)
         _check_needs(new, place)
         changes = _changes(model, place, new, output_dim)
@@ -124,7 +125,10 @@ def _changes(model: nn.Module, place: HeadSlot, new: nn.Module, output_dim: int)
 
 
 def _build(
-    head: str | Mapping[str, Any] | nn.Module, place: HeadSlot, options: dict[str, Any]
+    head: str | Mapping[str, Any] | nn.Module,
+    place: HeadSlot,
+    options: dict[str, Any],
+    named: bool,
 ) -> nn.Module:
     if isinstance(head, nn.Module):
         if options:
@@ -137,9 +141,12 @@ def _build(
         raise _misfit(str(given.get("name")), given["input_dim"], place)
     name = given.get("name")
     if isinstance(name, str):
-        width = describe_head(name).signature.parameters.get("output_dim")
+        entry = describe_head(name)
+        width = entry.signature.parameters.get("output_dim")
         if width is not None and width.default is not None:  # None: the input's, unless asked for
             given.setdefault("output_dim", place.output_dim)
+        if named and given.get("weights") and "weights" in (p.name for p in entry.shared):
+            given["weights"] = part_at(given["weights"], place.path)  # not of a head like it
     return create_head(given)
 
 

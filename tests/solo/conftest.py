@@ -31,6 +31,8 @@ class Late:
             sys.meta_path.remove(self)
             import random, numpy, torch, torchmetrics.metric
             torch.Tensor.cuda = lambda self, *_, **__: self
+            for kind in (torch.Tensor, torch.nn.Module):
+                kind.to = on_cpu(kind.to)
             init = torchmetrics.metric.Metric.__init__
             def without(self, compute_on_step=None, **k): init(self, **k)
             if not os.environ.get("NEW_TORCHMETRICS"):
@@ -43,6 +45,8 @@ class Late:
             if "RECORD" in os.environ:
                 atexit.register(record)
         return None
+def on_cpu(to):
+    return lambda self, *a, **k: self if a and a[0] == "cuda:0" else to(self, *a, **k)
 def record():
     import torch
     rank = os.environ.get("LOCAL_RANK", "0")
@@ -98,9 +102,17 @@ class Work:
         fails: bool = False,
         **environment: str,
     ) -> Any:
-        """One run of main_pretrain.py with the overrides that a small machine needs."""
-        done = self.run(
-            *launch,
+        """One run of main_pretrain.py."""
+        command = self.pretraining(name, out, *options, configs=configs, devices=devices)
+        done = self.run(*launch, *command, **environment)
+        assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
+        return done
+
+    def pretraining(
+        self, name: str, out: str, *options: str, configs: Path = CIFAR, devices: int = 1
+    ) -> list[str]:
+        """The command line of a run, with the overrides that a small machine needs."""
+        return [
             str(Path(CLONE, "main_pretrain.py")),
             *("--config-path", str(configs), "--config-name", f"{name}.yaml"),
             *[o for o in options if o.startswith("--")],
@@ -113,10 +125,7 @@ class Work:
             *("+limit_train_batches=2", "+limit_val_batches=1", "+num_sanity_val_steps=0"),
             *("+enable_model_summary=False", "auto_resume.enabled=False"),
             *[o for o in options if not o.startswith("--")],
-            **environment,
-        )
-        assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
+        ]
 
     def evaluate(self, script: str, *arguments: str, **environment: str) -> Any:
         """One run of another script of solo-learn's, through the launcher."""

@@ -47,14 +47,6 @@ def sweep(work: Any) -> Any:
     return done, work.read("sweep")
 
 
-@pytest.fixture(scope="module")
-def stock(work: Any, sweep: Any) -> Any:
-    """Plain solo-learn in the folder of the sweep, with and without headplug installed."""
-    done = work.pretrain("simclr", "sweep", "auto_resume.enabled=True")
-    work.pretrain("simclr", "plain", WITHOUT_HEADPLUG="1")
-    return done, work.read("sweep")[-1], work.read("plain")[-1]
-
-
 @needs_main
 @pytest.mark.slow
 def test_the_group_brings_heads_also_when_it_is_swept(work: Any, sweep: Any) -> None:
@@ -84,25 +76,10 @@ def test_the_whole_head_is_in_args_json_and_in_the_checkpoint(work: Any, sweep: 
 
 @needs_main
 @pytest.mark.slow
-def test_no_run_resumes_one_with_another_head(sweep: Any, stock: Any) -> None:
+def test_no_run_resumes_one_with_another_head(work: Any, sweep: Any) -> None:
+    stock = work.pretrain("simclr", "sweep", "auto_resume.enabled=True")
     assert "Resuming" not in sweep[0].stdout  # reweighting, after ae_embedding
-    assert "Resuming" not in stock[0].stdout  # stock, after both
-
-
-@needs_main
-@pytest.mark.slow
-def test_a_stock_run_is_the_same_to_the_bit_with_headplug(stock: Any) -> None:
-    _, (args, ours), (plain_args, plain) = stock
-    apart = dict.fromkeys(("checkpoint", "auto_resume", "wandb_run_id"))
-    assert {**args, **apart} == {**plain_args, **apart}
-    assert ours.keys() == plain.keys()
-    assert ours["state_dict"].keys() == plain["state_dict"].keys()
-    for key, value in plain["state_dict"].items():
-        assert torch.equal(ours["state_dict"][key], value), key
-    (one,), (other,) = ours["optimizer_states"], plain["optimizer_states"]
-    assert one["param_groups"] == other["param_groups"]
-    for i, state in other["state"].items():
-        assert torch.equal(one["state"][i]["momentum_buffer"], state["momentum_buffer"])
+    assert "Resuming" not in stock.stdout  # stock, after both
 
 
 @needs_main
@@ -173,6 +150,30 @@ def test_a_misspelt_key_stops_the_run_with_one_sentence(work: Any) -> None:
     assert "no key under `headplug:` is called 'haed'. Closest: head." in done.stderr
     assert "Traceback" not in done.stderr
     assert not (work.folder / "misspelt").exists()
+
+
+@needs_main
+@pytest.mark.slow
+def test_a_script_that_imports_solo_learn_within_its_main_is_swapped_too(work: Any) -> None:
+    script = work.folder / "late.py"
+    script.write_text(
+        "import sys, hydra\n"
+        f"sys.path.insert(0, {CLONE!r})\n"
+        "@hydra.main(version_base='1.2')\n"
+        "def main(cfg):\n"
+        "    import main_pretrain\n"
+        "    main_pretrain.main.__wrapped__(cfg)\n"
+        "main()\n"
+    )
+    configs = str(Path(CLONE, "scripts", "pretrain", "cifar"))
+    command = work.pretraining("simclr", "late", "+headplug.head.name=simcrl", configs=configs)
+    done = work.run(str(script), *command[1:])
+    assert done.returncode != 0
+    assert "no head is called 'simcrl'. Closest: simclr" in done.stderr
+    assert "Traceback" not in done.stderr
+    command = work.pretraining("simclr", "late", "+headplug=reweighting", configs=configs)
+    done = work.run(str(script), *command[1:])
+    assert "`headplug:` must hold a block, not 'reweighting'" in done.stderr
 
 
 @needs_main

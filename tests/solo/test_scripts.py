@@ -126,6 +126,50 @@ def test_the_backbone_of_a_run_is_stripped_for_torchvision(
         assert torch.equal(value, checkpoint["state_dict"][f"backbone.{key}"])
 
 
+@pytest.fixture(scope="module")
+def unswapped(work: Any, solo_home: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
+    """All configs without another head: without headplug, with it, and with its block emptied."""
+    solo_home("main")
+
+    def train(out: str, *options: str, **environment: str) -> dict[str, Any]:
+        runs = [
+            work.pretraining(c, out, *[f"method_kwargs.{size}" for size in CONFIGS[c][1]], *options)
+            for c in CONFIGS
+        ]
+        file = work.folder / f"{out}.json"
+        file.write_text(json.dumps(runs))
+        done = work.run(__file__, "train", str(file), **environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        plugged = done.stdout.splitlines()[-1] == "with headplug"
+        assert plugged is not bool(environment)
+        return {args["method"]: (args, checkpoint) for args, checkpoint in work.read(out)}
+
+    return {
+        "without": train("without", WITHOUT_HEADPLUG="1"),
+        "with": train("with"),
+        "empty": train("empty", "+headplug.head=null"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_unswapped_run_is_plain_solo_learns_to_the_bit(unswapped: Any, config: str) -> None:
+    args, plain = unswapped["without"][CONFIGS[config][0]]
+    apart = dict.fromkeys(("checkpoint", "wandb_run_id"))
+    for way in ("with", "empty"):
+        ours, checkpoint = unswapped[way][CONFIGS[config][0]]
+        assert {**ours, **apart} == {**args, **apart}
+        assert checkpoint.keys() == plain.keys()
+        assert unlike(checkpoint["state_dict"], plain["state_dict"]) == []
+        assert unlike(checkpoint["optimizer_states"], plain["optimizer_states"]) == []
+
+
+def unlike(one: Any, other: Any) -> list[str]:
+    """Where two checkpoints differ, to the bit."""
+    found: list[str] = methods().unlike(one, other)
+    return found
+
+
 @pytest.mark.slow
 def test_main_linear_trains_a_classifier_on_the_backbone_of_a_swapped_run(
     work: Any, trained: Any
@@ -164,6 +208,34 @@ def test_main_knn_scores_the_projector_of_a_run_with_much_rebuilt(work: Any, tra
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"becomes ae_embedding (512 > {WIDTH})" in done.stdout
     assert done.stdout.count("acc@1=") == 2
+
+
+@pytest.mark.slow
+def test_main_umap_draws_the_features_of_a_swapped_run(work: Any, trained: Any) -> None:
+    for module in ("umap", "wandb", "seaborn"):  # what the script imports
+        pytest.importorskip(module)
+    trained("dino")
+    done = work.evaluate(
+        "main_umap.py", "--pretrained_checkpoint_dir", str(wider(work, "dino")), "--dataset",
+        "custom", "--train_data_path", str(work.folder / "train"), "--val_data_path",
+        str(work.folder / "val"), "--num_workers", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"becomes ae_embedding (512 > {WIDTH})" in done.stdout
+    for split in ("train", "val"):
+        assert (work.folder / f"im100_{split}_umap.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_a_sweep_on_two_ranks_swaps_on_both(work: Any, solo_home: Callable[[str], Path]) -> None:
+    solo_home("main")
+    done = work.pretrain(
+        "simclr", "ranks", "--multirun", "+headplug=reweighting,ae_embedding",
+        "+headplug.head.weights=ae.pt", devices=2,
+    )  # fmt: skip
+    assert done.stdout.count("is an autoencoder's and not used for 'reweighting'") == 2  # each rank
+    found = [checkpoint["headplug"]["head"]["name"] for _, checkpoint in work.read("ranks")]
+    assert found == ["reweighting", "ae_embedding"]
 
 
 @pytest.mark.slow
@@ -277,31 +349,46 @@ def meaning(z: Any, raw: torch.Tensor) -> str:
     return "normalised" if torch.allclose(z, unit, atol=1e-6) else "unknown"
 
 
+def methods() -> Any:
+    """What test_solo_methods.py defines."""
+    file = Path(__file__).with_name("test_solo_methods.py")
+    return SimpleNamespace(**runpy.run_path(str(file)))
+
+
 def read_methods(version: str) -> dict[str, Any]:
     from headplug import swap_head
 
-    methods = SimpleNamespace(
-        **runpy.run_path(str(Path(__file__).with_name("test_solo_methods.py")))
-    )
+    built = methods()
     if version == "release":
         import pytorch_lightning as pl
 
-        methods.apply_shims(pl)
-        build = methods.released
+        built.apply_shims(pl)
+        build = built.released
     else:
         import lightning.pytorch as pl  # type: ignore[no-redef]
 
-        build = methods.of_main
+        build = built.of_main
     found: dict[str, Any] = {}
     for name in OUTPUTS[version]:
         torch.manual_seed(0)
         found[name] = {"stock": read_taps(build(name), pl)}
         model = build(name)
-        swap_head(model, "simclr", hidden_dim=HID, output_dim=methods.width_of(name))
+        swap_head(model, "simclr", hidden_dim=HID, output_dim=built.width_of(name))
         found[name]["swapped"] = read_taps(model, pl)
     return found
 
 
+def train_all(file: str) -> str:
+    """Runs one command line after another, each as a main module, as solo-learn's users do."""
+    for command in json.loads(Path(file).read_text()):
+        sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
+        runpy.run_path(command[0], run_name="__main__")
+    return "with headplug" if "headplug_solo" in sys.modules else "without headplug"
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps(read_methods(sys.argv[1])))
+    if sys.argv[1] == "train":
+        print(train_all(sys.argv[2]))
+    else:
+        print(json.dumps(read_methods(sys.argv[1])))

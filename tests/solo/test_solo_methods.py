@@ -71,6 +71,12 @@ MAIN_ONLY = ("supcon", "vibcreg", "mocov3", "all4one")
 NEEDS_SHIMS = ["wmse", "byol", "nnbyol", "mocov2plus", "ressl", "dino"]  # see `apply_shims`
 RELEASED = [m for m in OPTIONS if m not in (*MAIN_ONLY, *NEEDS_SHIMS)] + NEEDS_SHIMS
 WITH_LARS = ["simclr", "byol", "swav"]
+NOT_RESUMED = {"deepclusterv2": "local_memory_index"}  # not by solo-learn itself, for this buffer
+LOST = {  # keys that a checkpoint may lack without solo-learn minding: a twin's, a dependent's
+    "byol": ["momentum_projector.layers.output.weight", "predictor.0.weight"],
+    "nnclr": ["queue"],
+    "dino": ["head.last_layer.weight_v", "momentum_head.last_layer.weight_v"],
+}
 TRAINED_ON_MAIN = ["simclr", "byol", "dino", "swav", "mocov3", "vibcreg", "all4one"]
 
 
@@ -142,6 +148,35 @@ def assert_memory(found: dict[str, Any], method: str) -> None:
     assert found["memory"].items() >= memory.get(method, {}).items()
 
 
+def assert_resumed(found: dict[str, Any], method: str) -> None:
+    """A run that was interrupted ends as one that was not, and takes no other head's weights."""
+    if method in NOT_RESUMED:
+        assert set(found["resumed"]) == {found["stock"]}
+        assert NOT_RESUMED[method] in found["stock"]
+    else:
+        assert found["resumed"]
+        assert not any(found["resumed"])  # nothing is unlike
+    asked = "CheckpointError: the checkpoint has"
+    assert found["other head"].startswith(f"{asked} another head than this run asks for")
+    assert "(there and here): activation: 'tanh' and 'relu'. " in found["other head"]
+    assert found["no head"].startswith(f"{asked} the head 'ae_embedding', this run asks for none.")
+    assert list(found["lost"]) == LOST.get(method, [])
+    for key, said in found["lost"].items():
+        assert f"that go with its head: {key!r} has shape None" in said
+
+
+def assert_whole(found: dict[str, Any]) -> None:
+    """DINO's head with its prototypes, which its loss has a centre for."""
+    assert (
+        "head.last_layer, which MLPHead does not have. Set freeze_last_layer=0" in found["frozen"]
+    )
+    assert found["untouched"]
+    assert found["with a last layer"] == "DINOHead"
+    assert found["centre"] == [1, WIDTH]
+    assert_training(found["training"], "dino")
+    assert found["training"]["moved"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", RELEASED)
 def test_released_methods_are_described_and_swapped(on_release: Any, method: str) -> None:
@@ -176,6 +211,27 @@ def test_released_methods_take_another_width(on_release: Any, method: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", RELEASED)
+def test_released_methods_resume(on_release: Any, method: str) -> None:
+    assert_resumed(on_release[f"{method}, resumed"], method)
+
+
+@pytest.mark.slow
+def test_the_release_resumes_no_run_with_another_head(on_release: Any) -> None:
+    found = on_release["auto resume"]
+    assert found["resumed"] == [None, None, None, "reweighting", "stock"]
+    recorded, none = found["recorded"]
+    assert recorded["head"]["name"] == "reweighting"
+    assert recorded["head"]["input_dim"] == H
+    assert none is None
+
+
+@pytest.mark.slow
+def test_the_whole_head_of_the_released_dino_is_swapped(on_release: Any) -> None:
+    assert_whole(on_release["whole dino"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OPTIONS)
 def test_methods_of_main_are_described_and_swapped(on_main: Any, method: str) -> None:
     assert_structure(on_main[method], method)
@@ -194,6 +250,17 @@ def test_methods_of_main_take_another_width(on_main: Any, method: str) -> None:
     assert_width(on_main[f"{method}, width"], method)
     assert_training(on_main[f"{method}, other width"], method)
     assert_memory(on_main[f"{method}, other width"], method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OPTIONS)
+def test_methods_of_main_resume(on_main: Any, method: str) -> None:
+    assert_resumed(on_main[f"{method}, resumed"], method)
+
+
+@pytest.mark.slow
+def test_the_whole_head_of_dino_is_swapped(on_main: Any) -> None:
+    assert_whole(on_main["whole dino"])
 
 
 @pytest.mark.slow
@@ -380,6 +447,21 @@ def unit(tensor: Any, axis: int) -> bool:
     return bool(tensor.ndim > 1 and ((lengths - 1).abs() < 1e-5).all())
 
 
+def views(batches: int) -> Any:
+    """A loader of what solo-learn trains on: index, two views, label."""
+    import torch
+
+    class Views(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return batches * BATCH
+
+        def __getitem__(self, index: int) -> Any:
+            views = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(index))
+            return index, list(views), index % 5
+
+    return torch.utils.data.DataLoader(Views(), batch_size=BATCH)
+
+
 def check_training(
     model: Any, pl: Any, head: str = "ae_embedding", **options: Any
 ) -> dict[str, Any]:
@@ -430,21 +512,13 @@ def check_training(
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             losses.append(outputs["loss"] if isinstance(outputs, dict) else outputs)
 
-    class Views(torch.utils.data.Dataset):  # type: ignore[type-arg]
-        def __len__(self) -> int:
-            return 2 * BATCH
-
-        def __getitem__(self, index: int) -> Any:
-            views = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(index))
-            return index, list(views), index % 5
-
     # DeepClusterV2 has no assignments in its first epoch, so that its loss is none (nan)
     epochs = 2 if hasattr(model, "kmeans_iters") else 1
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Watch()],
     )  # fmt: skip
-    trainer.fit(model, torch.utils.data.DataLoader(Views(), batch_size=BATCH))
+    trainer.fit(model, views(2))
 
     moved = {n: not torch.equal(p, start[n]) for n, p in trained.items()}
     kept = [
@@ -468,18 +542,164 @@ def check_training(
     }
 
 
-def released(name: str, **options: Any) -> Any:
-    """A method of release 1.0.2 with tiny dims."""
+def check_resuming(build: Callable[..., Any], names: list[str], pl: Any) -> dict[str, Any]:
+    """Each method with a head from a block `headplug:`, saved after an epoch and taken up again."""
+    import os
+    import tempfile
+    from pathlib import Path
+
+    import torch
+    from headplug_solo.config import ENVIRONMENT
+    from headplug_solo.patch import arm
+
+    arm()
+
+    class Keep(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            torch.manual_seed(trainer.global_step)  # dropout, shuffling in W-MSE
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(folder / "half.ckpt")
+
+    def fit(name: str, seed: int, head: Any, **resume: Any) -> Any:
+        torch.manual_seed(seed)
+        if head:
+            os.environ[ENVIRONMENT] = json.dumps({"head": head})
+        # its queue is made as training starts, too late for a checkpoint
+        options = {"queue_size": 0} if name == "swav" else {}
+        try:
+            model = build(name, steady=True, **options)
+        finally:
+            os.environ.pop(ENVIRONMENT, None)
+        if hasattr(model, "pos_enc"):  # the first step makes a buffer of it
+            model.pos_enc(torch.zeros(BATCH, 5, (head or {}).get("output_dim", O)))
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[Keep()],
+        )  # fmt: skip
+        trainer.fit(model, views(2 if name == "deepclusterv2" else 1), **resume)
+        schedules = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
+        optimizers = [o.state_dict() for o in trainer.optimizers]
+        return [model.state_dict(), optimizers, schedules, trainer.global_step]
+
+    def resume(name: str, head: Any, without: str | None = None) -> Any:
+        """What a run gives that takes up the last one, or why it does not."""
+        if without:
+            checkpoint = torch.load(folder / "half.ckpt", weights_only=True)
+            del checkpoint["state_dict"][without]
+            torch.save(checkpoint, folder / "lost.ckpt")
+        try:
+            return fit(name, 1, head, ckpt_path=folder / ("lost.ckpt" if without else "half.ckpt"))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        weights = {"embedding.weight": torch.randn(AE, H) / 20, "embedding.bias": torch.zeros(AE)}
+        torch.save(weights, folder / "ae.pt")
+        same = {"name": "ae_embedding", "weights": str(folder / "ae.pt")}
+        for name in names:
+            rows: dict[str, Any] = {"resumed": []}
+            wider = {**same, "output_dim": width_of(name)}
+            both = build is of_main or name in ("simclr", "byol")
+            for head in (same, wider) if both else (wider,):
+                through, resumed = fit(name, 0, head), resume(name, head)
+                failed = isinstance(resumed, str)
+                rows["resumed"].append(resumed if failed else unlike(through, resumed))
+            rows["other head"] = resume(name, {**head, "activation": "relu"})
+            rows["no head"] = resume(name, None)
+            rows["lost"] = {key: resume(name, head, key) for key in LOST.get(name, ())}
+            if failed:
+                fit(name, 0, None)
+                rows["stock"] = resume(name, None)
+            found[f"{name}, resumed"] = rows
+    return found
+
+
+def check_auto_resume(pl: Any) -> dict[str, Any]:
+    """What the release's scripts do: make a method, look for a run to resume, train, save."""
+    import os
+    import tempfile
+    from argparse import Namespace
+    from pathlib import Path
+
+    from headplug_solo.config import ENVIRONMENT
+    from headplug_solo.patch import arm
+    from solo.utils.auto_resumer import AutoResumer
+    from solo.utils.checkpointer import Checkpointer
+
+    arm()
+    names = ("batch_size", "dataset", "encoder", "max_epochs", "method", "project", "entity")
+    found: dict[str, Any] = {"resumed": [], "recorded": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for head in ("reweighting", "simclr_plain", None, "reweighting", None):
+            arguments = Namespace(name="run", **dict.fromkeys(names))
+            if head:
+                os.environ[ENVIRONMENT] = json.dumps({"head": head})
+            model = released("simclr")
+            os.environ.pop(ENVIRONMENT, None)
+            path = AutoResumer(folder).find_checkpoint(arguments)
+            found["resumed"].append(path and path.parent.parent.name)
+            if path or head == "simclr_plain":
+                continue
+            logdir = Path(folder, head or "stock")
+            trainer = pl.Trainer(
+                max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False,
+                callbacks=[Checkpointer(arguments, logdir)],
+            )  # fmt: skip
+            trainer.fit(model, views(1))
+            (file,) = logdir.glob("*/args.json")
+            found["recorded"].append(json.loads(file.read_text()).get("headplug"))
+    return found
+
+
+def check_whole(build: Callable[..., Any], pl: Any) -> dict[str, Any]:
+    """DINO's head and prototypes as one."""
+    from headplug import swap_head
+
+    model = build("dino", freeze_last_layer=1)
+    same = unchanged(model)
+    found: dict[str, Any] = {"frozen": refusal(model, slot="head"), "untouched": same()}
+    with swap_head(model, "dino", slot="head") as swap:
+        found["with a last layer"] = type(swap.head).__name__
+    model = build("dino")
+    with swap_head(model, "simclr_plain", slot="head", output_dim=WIDTH):
+        found["centre"] = list(model.dino_loss_func.center.shape)
+    found["training"] = check_training(model, pl, slot="head", output_dim=WIDTH)
+    return found
+
+
+def unlike(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two checkpoints, or parts of them, differ to the bit."""
+    import torch
+
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [path]
+    pair = [dict(enumerate(x)) if isinstance(x, list | tuple) else x for x in (one, other)]
+    if not all(isinstance(x, dict) for x in pair):
+        return [] if one == other else [path]
+    ours, theirs = pair
+    return [
+        row for k in {**ours, **theirs} for row in unlike(ours.get(k), theirs.get(k), f"{path}.{k}")
+    ]
+
+
+def released(name: str, steady: bool = False, **options: Any) -> Any:
+    """A method of release 1.0.2 with tiny dims; `steady` as in `of_main`."""
     from solo.methods import METHODS
 
     arguments: dict[str, Any] = {
-        "encoder": "resnet18", "num_classes": 5, "max_epochs": 1, "batch_size": BATCH,
+        "encoder": "resnet18", "num_classes": 5, "max_epochs": 1 + steady, "batch_size": BATCH,
         "backbone_args": {"cifar": True, "zero_init_residual": False}, "optimizer": "sgd",
         "lars": False, "lr": 0.1, "weight_decay": 0.0, "classifier_lr": 0.1,
         "exclude_bias_n_norm": False, "accumulate_grad_batches": 1,
         "extra_optimizer_args": {"momentum": 0.9}, "scheduler": "none", "min_lr": 0.0,
         "warmup_start_lr": 0.0, "warmup_epochs": 0, "num_large_crops": 2, "num_small_crops": 0,
-        "base_tau_momentum": 0.9, "final_tau_momentum": 1.0, "momentum_classifier": False,
+        "base_tau_momentum": 0.9, "final_tau_momentum": 0.9 if steady else 1.0,
+        "momentum_classifier": False,
         "proj_hidden_dim": HID, "proj_output_dim": O,
     }  # fmt: skip
     return METHODS[name](**{**arguments, **OPTIONS[name], **options})
@@ -489,8 +709,11 @@ LARS = {"name": "lars", "exclude_bias_n_norm_wd": True, "weight_decay": 1e-4,
         "kwargs": {"eta": 0.02, "clip_lr": True, "exclude_bias_n_norm": True}}  # fmt: skip
 
 
-def of_main(name: str, lars: bool = False, **options: Any) -> Any:
-    """A method of main, from a config as its own scripts make it."""
+def of_main(name: str, lars: bool = False, steady: bool = False, **options: Any) -> Any:
+    """A method of main, from a config as its own scripts make it.
+
+    `steady`: two epochs, and an EMA momentum that stays, since solo-learn does not resume it.
+    """
     from omegaconf import OmegaConf
     from solo.methods import METHODS
 
@@ -499,24 +722,24 @@ def of_main(name: str, lars: bool = False, **options: Any) -> Any:
         "backbone": {"name": "resnet18", "kwargs": {}},
         "data": {"dataset": "cifar10", "num_classes": 5, "num_large_crops": 2,
                  "num_small_crops": 0},
-        "max_epochs": 1,
+        "max_epochs": 1 + steady,
         "optimizer": {"name": "sgd", "batch_size": BATCH, "lr": 0.1, "weight_decay": 0.0,
                       "classifier_lr": 0.1, "kwargs": {"momentum": 0.9},
                       **(LARS if lars else {})},
         "scheduler": {"name": "none"},
-        "momentum": {"base_tau": 0.9, "final_tau": 1.0, "classifier": False},
+        "momentum": {"base_tau": 0.9, "final_tau": 0.9 if steady else 1.0, "classifier": False},
         "method_kwargs": {"proj_hidden_dim": HID, "proj_output_dim": O, **OPTIONS.get(name, {}),
                           **options},
     }  # fmt: skip
     return METHODS[name](OmegaConf.create(config))
 
 
-def refusal(model: Any) -> str:
+def refusal(model: Any, **options: Any) -> str:
     from headplug import swap_head
     from headplug.errors import SlotError
 
     try:
-        swap_head(model, "simclr_plain")
+        swap_head(model, "simclr_plain", **options)
     except SlotError as error:
         return str(error)
     return "not refused"
@@ -544,6 +767,9 @@ def group_release() -> dict[str, Any]:
         found[f"{name}, width"] = check_width(name, released)
         again = check_training(released(name), pl, output_dim=width_of(name))
         found[f"{name}, other width"] = again
+    found["whole dino"] = check_whole(released, pl)
+    found["auto resume"] = check_auto_resume(pl)
+    found.update(check_resuming(released, RELEASED, pl))
     own = Own.__new__(Own)
     nn.Module.__init__(own)
     own.encoder = nn.Linear(4, H)
@@ -598,6 +824,8 @@ def group_main() -> dict[str, Any]:
             again = check_training(of_main(name, lars=True), pl, head, output_dim=width)
             found[f"{name}, {head}, lars"] = again
     found["vibcreg with iternorm"] = check_iternorm(pl)
+    found["whole dino"] = check_whole(of_main, pl)
+    found.update(check_resuming(of_main, list(OPTIONS), pl))
     mae = METHODS["mae"]
     model = mae.__new__(mae)
     torch.nn.Module.__init__(model)
