@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and that no traceback reaches the user."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,8 +8,17 @@ import sys
 import pytest
 import torch
 
-from headplug import Autoencoder, describe_head, list_heads
+from headplug import (
+    Autoencoder,
+    FeatureStore,
+    describe_head,
+    features,
+    list_heads,
+    probe_layers,
+    swap_head,
+)
 from headplug.cli import main
+from headplug.compare.data import load_data
 
 
 @pytest.fixture
@@ -176,5 +186,137 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_no_arguments_and_help_show_the_commands(headplug):
     code, out, err = headplug("--help")
     assert code == 0
-    for command in ("heads", "taps", "pretrain-ae", "compare", "report"):
+    for command in ("heads", "taps", "extract", "pretrain-ae", "compare", "report"):
         assert command in out + err
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+def test_taps_tells_what_each_point_costs(headplug):
+    code, out, _ = headplug("taps", "torchvision:resnet18", "--image-size", "32")
+    assert code == 0
+    header, *rows = out.splitlines()
+    assert header.split() == ["path", "type", "shape", "calls", "cost", "so", "far"]
+    assert rows[-1].endswith("100%")
+
+
+def test_extract_keeps_features_and_does_nothing_twice(headplug, tmp_path):
+    command = (
+        "extract", "timm:test_resnet", "--random", "--limit", "100", "--at", "layer[12]",
+        "--at", "global_pool", "--out", str(tmp_path / "f"), "--batch-size", "32",
+    )  # fmt: skip
+    code, out, err = headplug(*command, "--split", "train", "--json")
+    assert code == 0, err
+    (store,) = json.loads(out)["stores"]
+    assert store["computed"] == 100
+    code, out, err = headplug(*command)
+    assert code == 0, err
+    assert "test_resnet with random weights" in err
+    assert "digits: values in [0, 1], not standardised" in err
+    assert "train: 100 samples, float32, already there" in out
+    assert "test: 100 samples, float32, " in out
+    assert out.splitlines()[1].split() == ["layer1", "100", "x", "32"]
+    found = {split: FeatureStore.open(tmp_path / "f" / split) for split in ("train", "test")}
+    assert store["taps"] == {tap: list(shape) for tap, shape in found["train"].shapes.items()}
+    report = probe_layers(found["train"], found["test"], probes=("ridge",))
+    assert max(row["accuracy"] for row in report.rows) > 0.3
+    code, _, err = headplug(*command, "--pool", "flat")
+    assert code == 1
+    assert "another extraction: the pooling (gap there, flat now)" in err
+
+
+SCRIPT = """
+import sys, lightning, torch
+from torch import nn
+from torchvision.models import resnet18
+from headplug.callbacks import HeadSwap
+from lightly.models.modules import SimCLRProjectionHead
+
+class Module(lightning.LightningModule):
+    def __init__(self, width=8):
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone = nn.Sequential(*list(resnet18().children())[:-1], nn.Flatten())
+        self.projection_head = SimCLRProjectionHead(512, 16, width)
+    def forward(self, x):
+        return self.projection_head(self.backbone(x))
+
+def build():
+    return Module(8)
+
+number = 3
+"""
+
+
+def test_extract_reads_checkpoints_and_code(headplug, tmp_path, monkeypatch):
+    """lightly's kind of Lightning module, as its class, as a function, and its backbone alone."""
+    (tmp_path / "user_code.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("user_code")
+    model = module.Module(width=6).eval()
+    callback = module.HeadSwap("simclr_plain", hidden_dim=12, output_dim=6)
+    swap = swap_head(model, callback.head, **callback.options)
+    callback.swap = swap
+    content = {
+        "state_dict": model.state_dict(),
+        "hyper_parameters": {"width": 6},
+        "pytorch-lightning_version": "2.6.0",
+    }
+    callback.on_save_checkpoint(None, model, content)
+    torch.save(content, "last.ckpt")
+
+    x = load_data("digits", limit=40, show_progress=False).train[list(range(40))][0]
+    x = (x.float() / 255).expand(-1, 3, -1, -1)
+    options = ("--limit", "40", "--image-size", "8", "--split", "train")
+    at = ("--at", "backbone.4", "--at", "pre_projection", "--at", "projection")
+    code, _, err = headplug(
+        "extract", "user_code:Module", "--weights", "last.ckpt", *at, "--out", "whole", *options
+    )
+    assert code == 0, err
+    store = FeatureStore.open("whole/train")
+    for tap in store.points:
+        expected = features(model, x, tap, pool="gap")
+        torch.testing.assert_close(store[tap], expected, rtol=1e-4, atol=1e-5)
+    assert store.shapes["projection"] == (40, 6)
+
+    code, _, err = headplug(
+        "extract", "last.ckpt", "--backbone", "torchvision:resnet18", "--at", "backbone",
+        "--at", "backbone.layer*", "--out", "alone", *options,
+    )  # fmt: skip
+    assert code == 0, err
+    alone = FeatureStore.open("alone/train")
+    assert alone.points[-1] == "backbone"
+    torch.testing.assert_close(alone["backbone"], store["pre_projection"], rtol=1e-4, atol=1e-5)
+    code, out, err = headplug("taps", "last.ckpt", "--backbone", "timm:resnet18", "--json")
+    assert code == 0, err
+    assert "backbone.layer4" in {row["path"] for row in json.loads(out)}
+
+    for arguments, words in (
+        (("last.ckpt",), ["not what they are of", "ResNet-18", "--backbone torchvision:resnet18"]),
+        (("last.ckpt", "--backbone", "torchvision:resnet50"), ["do not fit ResNet", "missing"]),
+        (("none.ckpt",), ["there is no file 'none.ckpt'"]),
+        (("user_code:build", "--weights", "last.ckpt"), ["do not fit Module", "projection_head"]),
+        (("user_code:biuld",), ["no object in user_code is called 'biuld'", "build"]),
+        (("user_cod:build",), ["there is no module 'user_cod'"]),
+        (("user_code:number",), ["cannot be called"]),
+        (("user_code:nn.Linear",), ["cannot be called without arguments"]),
+        (("timm:resnet81",), ["resnet18"]),
+        (("torchvision:resnet81",), ["resnet18"]),
+        (
+            ("timm:test_resnet", "--random", "--split", "tset"),
+            ["no split is called 'tset'", "test"],
+        ),
+        (("timm:test_resnet", "--random", "--dtype", "float46"), ["float16"]),
+        (("timm:test_resnet", "--random", "--pool", "gab"), ["pool is one of flat, gap"]),
+        (("timm:test_resnet", "--random", "--at", "laier1"), ["Closest: layer1"]),
+    ):
+        code, out, err = headplug(
+            "extract", *arguments, "--at", "1", "--out", "x", "--image-size", "8", "--limit", "20"
+        )
+        assert code in (1, 2)
+        assert err.startswith("error: ") or "\nerror: " in err, err
+        assert all(word in err for word in words), err
+        assert "Traceback" not in err
+    assert not list(tmp_path.glob("x/*/*"))

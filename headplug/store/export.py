@@ -55,7 +55,7 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
         Raises:
             IndexError: There is no such sample.
         """
-        places = torch.as_tensor(index)
+        places = torch.as_tensor(index).cpu()
         batch = places.reshape(-1)
         if len(batch) and not -len(self) <= int(batch.min()) <= int(batch.max()) < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples.")

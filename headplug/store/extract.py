@@ -93,7 +93,12 @@ def extract_features(
     FeatureStore(8 samples; 0: 8, 1: 8)
     """
     folder = None if out is None else Path(out)
-    with team(distributed) as ranks, same_random_state(loader), torch.no_grad():
+    with (
+        torch.inference_mode(False),  # probes may train on what is kept
+        torch.no_grad(),
+        team(distributed) as ranks,
+        same_random_state(loader),
+    ):
         tapped = ranks.own(lambda: TappedModel(model, at, pool, dtype, transform))
         if folder is not None and not (folder / INDEX).is_file():
             ranks.first(lambda: prepare(folder))
@@ -183,7 +188,7 @@ class _Work:
         """Hands over a shard; one that is there must be of the same samples."""
         self.made[number] = {}
         if number not in self.whole:
-            self.sink.put(number, parts, ids)
+            self.sink.put(number, parts, ids, self.model.arrived())
         elif self.sink.folder is not None:
             there, here = ids_of(Shard(shard_path(self.sink.folder, number))), join_ids(ids)
             if list(there) != list(here):

@@ -86,7 +86,7 @@ class FeatureStore:
         if labels is not None:
             tensors[LABELS] = as_labels(labels)
         count = next((len(t) for t in tensors.values() if t.ndim), 0)
-        found = torch.arange(count) if ids is None else as_ids(ids, count)
+        found = torch.arange(count, device="cpu") if ids is None else as_ids(ids, count)
         if found is None or len(set(found if isinstance(found, list) else found.tolist())) < count:
             raise DataError(f"ids must be {count} different integers or strings.")
         return cls([Loose(with_ids(tensors, found))])
@@ -126,7 +126,10 @@ class FeatureStore:
         if self._order is None:
             return (block.tensor(point) for block in self._blocks)
         size = max(block.shapes[point][0] for block in self._blocks)
-        return (self._rows(point, part, {}) for part in torch.arange(len(self)).split(size))
+        return (
+            self._rows(point, part, {})
+            for part in torch.arange(len(self), device="cpu").split(size)
+        )
 
     def numpy(self, point: str) -> numpy.ndarray[Any, Any]:
         """Features of a tap as an array `(N, ...)`; bfloat16 becomes float32, which NumPy has.
@@ -215,7 +218,7 @@ class FeatureStore:
     def _starts(self) -> Tensor:
         """Where each block starts in the order of the files."""
         counts = [0, *(block.shapes[self.points[0]][0] for block in self._blocks[:-1])]
-        return torch.tensor(counts).cumsum(0)
+        return torch.tensor(counts, device="cpu").cumsum(0)
 
     def _rows(self, point: str, places: Tensor, held: dict[tuple[str, int], Tensor]) -> Tensor:
         """Features of the samples at some places, in any order, without reading the others.

@@ -11,7 +11,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from headplug.taps.points import Point
 
 Fingerprint = dict[str, Any]
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]{6,}")
+CONSTANTS = (bool, int, float, str, tuple, list, Tensor)  # what of a function's module is seen
 WORDS = {
     "weights": "the model's weights",
     "buffers": "the model's buffers, e.g. BatchNorm statistics",
@@ -111,8 +112,10 @@ def _feed(sink: Any, what: Any, above: set[int]) -> None:
     elif isinstance(what, MethodType):
         _feed(sink, (what.__func__, what.__self__), above)
     elif isinstance(what, FunctionType):
-        cells = [c.cell_contents for c in what.__closure__ or ()]
-        given = (what.__code__, what.__defaults__, what.__kwdefaults__, cells)
+        code, known = what.__code__, what.__globals__
+        cells = [_content(cell) for cell in what.__closure__ or ()]
+        constants = [v for n in code.co_names if isinstance(v := known.get(n), CONSTANTS)]
+        given = (code, what.__defaults__, what.__kwdefaults__, cells, constants)
         _feed(sink, (_name(what), *given), above)
     elif isinstance(what, CodeType):
         _feed(sink, (what.co_code, what.co_names, what.co_consts), above)
@@ -127,6 +130,13 @@ def _feed(sink: Any, what: Any, above: set[int]) -> None:
         if ADDRESS.search(text) and hasattr(what, "__dict__") and not isinstance(what, type):
             _feed(sink, vars(what), above)  # its repr tells nothing of it
     sink.update(b";")
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a function that names itself, before it is there
+        return None
 
 
 def _feed_tensor(sink: Any, tensor: Tensor) -> None:

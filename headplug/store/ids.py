@@ -70,10 +70,10 @@ def in_order(parts: Sequence[Ids]) -> tuple[Ids, Tensor | None]:
             first.setdefault(name, place)
         known = sorted(first)
         order = [first[name] for name in known]
-        return known, None if order == list(range(len(ids))) else torch.tensor(order)
+        return known, None if order == list(range(len(ids))) else torch.tensor(order, device="cpu")
     if bool((ids[1:] > ids[:-1]).all()):
         return ids, None
     ids, places = ids.sort(stable=True)
-    new = torch.ones(len(ids), dtype=torch.bool)
+    new = torch.ones(len(ids), dtype=torch.bool, device="cpu")
     new[1:] = ids[1:] != ids[:-1]
     return ids[new], places[new]

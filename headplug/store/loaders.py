@@ -48,7 +48,7 @@ class Listed:
     def __init__(
         self, loader: DataLoader[Any], indices: Iterable[int], ranks: Team, shard_size: int
     ) -> None:
-        own = torch.tensor(list(indices), dtype=torch.int64)
+        own = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
         ids = torch.cat(ranks.each(lambda: own)).unique()
         if not len(ids):
             raise DataError(EMPTY)
@@ -60,7 +60,8 @@ class Listed:
 
     def fingerprint(self) -> Fingerprint:
         """Of the indices, of a few samples as the loader gives them, and of how they are cut."""
-        places = torch.linspace(0, len(self._ids) - 1, min(SAMPLED, len(self._ids))).long()
+        count = min(SAMPLED, len(self._ids))
+        places = torch.linspace(0, len(self._ids) - 1, count, device="cpu").long()
         # in a worker where the user has workers: files opened here would be shared with those
         workers = min(1, self._loader.num_workers)
         with same_random_state(None):
@@ -178,7 +179,7 @@ class Stream:
         for batch in chain(self._first, self._rest):
             images, labels, ids = parse(batch)
             if ids is None:
-                ids = torch.arange(seen, seen + len(images))
+                ids = torch.arange(seen, seen + len(images), device="cpu")
             seen, rows = seen + len(images), rows + len(images)
             full = rows >= self._size
             yield Batch(number, full, images, labels, ids)

@@ -68,6 +68,14 @@ class TappedModel:
         ):
             yield partial(self._rows, reader)
 
+    def arrived(self) -> torch.cuda.Event | None:
+        """When the rows given so far are on the CPU; None if they are."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
     def _rows(self, reader: Reader, images: Tensor) -> dict[str, Tensor]:
         x = images.to(self.device, non_blocking=True)
         found = reader(x if self.transform is None else self.transform(x)).by_depth()

@@ -48,17 +48,26 @@ class Sink:
         if failed is None:
             self._settle(0)
 
-    def put(self, number: int, parts: Mapping[str, Sequence[Tensor]], ids: Sequence[Ids]) -> None:
+    def put(
+        self,
+        number: int,
+        parts: Mapping[str, Sequence[Tensor]],
+        ids: Sequence[Ids],
+        arrived: torch.cuda.Event | None = None,
+    ) -> None:
         """Takes a shard, in the parts that its batches gave; waits if too many others do.
+
+        Args:
+            number: Of the shard.
+            parts: Features of each tap, and labels.
+            ids: Of the samples.
+            arrived: When copies from the GPU that are under way are there.
 
         Raises:
             RunError: An earlier one could not be written.
             DataError: An earlier one does not fit its dtype.
         """
-        ready = None
-        if torch.cuda.is_initialized():  # copies from the GPU may be under way
-            ready = torch.cuda.current_stream().record_event()
-        self._waiting.append(self._thread.submit(self._finish, number, parts, ids, ready))
+        self._waiting.append(self._thread.submit(self._finish, number, parts, ids, arrived))
         self._settle(WAITING + 1)
 
     def check(self) -> None:
@@ -71,10 +80,10 @@ class Sink:
             self._waiting.popleft().result()
 
     def _finish(
-        self, number: int, parts: Mapping[str, Sequence[Tensor]], ids: Sequence[Ids], ready: Any
+        self, number: int, parts: Mapping[str, Sequence[Tensor]], ids: Sequence[Ids], arrived: Any
     ) -> None:
-        if ready is not None:
-            ready.synchronize()
+        if arrived is not None:
+            arrived.synchronize()
         tensors = {}
         count = sum(map(len, ids))
         for name, values in parts.items():

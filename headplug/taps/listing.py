@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from headplug.taps.hooks import hooks
 from headplug.taps.modes import untouched
@@ -37,6 +36,8 @@ def list_taps(model: nn.Module, example_input: Any) -> list[dict[str, Any]]:
     >>> [(row["path"], row["shape"], row["cost"]) for row in rows]
     [('0', (1, 8), 0.5), ('1', (1, 8), 0.5), ('2', (1, 4), 1.0)]
     """
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
     layout = Layout(model)
     names = {p.path: p.name for p in layout.shared.values() if not p.takes_input}
     paths: dict[nn.Module, str] = {}  # the first of each

@@ -81,7 +81,9 @@ def pooled(x: Tensor, pool: str | Callable[[Tensor], Tensor], form: Form = PLAIN
     """
     if callable(pool):
         return pool(x)
-    if pool == "flat" or x.ndim < 3:
+    if x.ndim < 3:
+        return x
+    if pool == "flat":
         return x.flatten(1)
     if pool == "cls":
         return _class_token(x, form)

@@ -186,6 +186,33 @@ def test_a_stream_that_gives_something_else_the_second_time_is_refused(model, tm
             run(*other)
 
 
+def test_another_process_finds_the_same_fingerprint(python, tmp_path):
+    """Whatever the order of sets and the addresses of objects."""
+    script = """
+import sys, timm, torch
+from headplug import extract_features
+torch.manual_seed(0)
+model = timm.create_model("test_vit", num_classes=0)
+known, half = {"red", "green", "blue"}, 0.5
+class Scale:
+    def __init__(self):
+        self.by = 2.0
+    def __call__(self, x):
+        return x * self.by
+scale = Scale()
+def transform(x):
+    return scale(x) if "red" in known and half in {0.5, 0.7} else x
+seen = []
+model.register_forward_pre_hook(lambda *_: seen.append(1))
+batches = [(torch.rand(4, 3, 160, 160), torch.arange(4))]
+extract_features(model, batches, "blocks.*", sys.argv[1], transform=transform, pool="cls")
+print(len(seen))
+"""
+    out = tmp_path / "s"
+    assert int(python(script, out, PYTHONHASHSEED="1")) == 1
+    assert int(python(script, out, PYTHONHASHSEED="2")) == 0
+
+
 # ---- kill ----------------------------------------------------------------------------------------
 
 KILLED = """
@@ -411,16 +438,27 @@ def test_autocast_is_part_of_what_must_be_the_same(extract):
         extract()
 
 
-def test_transforms_are_told_apart_by_what_they_do(extract):
+FACTOR = 2.0
+
+
+def test_transforms_are_told_apart_by_what_they_do(extract, monkeypatch, tmp_path):
     def scale(factor):
         return lambda x: x * factor
 
     extract(transform=scale(2.0))
     extract(transform=scale(2.0))
     assert extract.batches == 0
-    for other in (scale(3.0), lambda x: x + 2.0, nn.Identity()):
+    for other in (scale(3.0), lambda x: x + 2.0, lambda x: x * FACTOR, nn.Identity()):
         with pytest.raises(RunError, match="the transform"):
             extract(transform=other)
+
+    def constant(x):
+        return x * FACTOR
+
+    extract(transform=constant, out=tmp_path / "b")
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    with pytest.raises(RunError, match="the transform"):
+        extract(transform=constant, out=tmp_path / "b")
 
 
 # ---- limits --------------------------------------------------------------------------------------

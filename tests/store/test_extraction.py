@@ -245,6 +245,16 @@ def test_random_states_stay_as_they_were(model, tmp_path, out, workers):
             break  # one is enough: the others would be another extraction
 
 
+@pytest.mark.parametrize("out", [None, "store"])
+def test_it_works_inside_inference_mode_as_lightnings_callbacks_run(
+    model, loader, at, tmp_path, assert_equal, out
+):
+    with torch.inference_mode():
+        store = extract_features(model, loader, at, out and tmp_path / out)
+    assert_equal(store, extract_features(model, loader, at))
+    assert not store["projection"].is_inference()
+
+
 def test_no_more_of_the_model_runs_than_needed(model, loader):
     calls = []
     model.projection_head.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -25,7 +25,8 @@ torch.set_num_threads(1)
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
 torch.manual_seed(0)
 data = TensorDataset(torch.rand(61, 1, 4, 4), torch.randperm(61))
-model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)
+model = nn.Sequential(*layers)
 AT = ["2", "4"]
 
 def run(loader, out=None, model=model):
@@ -103,9 +104,11 @@ def work(rank):
     with torch.no_grad():
         model[4].bias.copy_(bias)
 
-    alone = rank == 0 and extract_features(model, DataLoader(data, batch_size=4), AT, distributed=False)
+    plain = DataLoader(data, batch_size=4)
+    alone = rank == 0 and extract_features(model, plain, AT, distributed=False)
     found["alone"] = rank > 0 or same(alone, one)
-    found["fails"] = refused(lambda: run(DataLoader(Broken({9: fail}), batch_size=4), folder / "e"))
+    bad = DataLoader(Broken({9: fail}), batch_size=4)
+    found["fails"] = refused(lambda: run(bad, folder / "e"))
     dead = DataLoader(Broken({9: lambda: os._exit(7)}), batch_size=4)
     found["dies"] = refused(lambda: run(dead, folder / "f"))
     return found

@@ -1,0 +1,5 @@
+"""`python -m headplug.cli`."""
+
+from headplug.cli import main
+
+main()

@@ -1,0 +1,118 @@
+"""Commands that read a model's features."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headplug.cli.common import AsJson, Data, ImageSize, print_table
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm:NAME, torchvision:NAME, MODULE:CALLABLE, or a checkpoint of solo-learn, lightly "
+        "or Lightning."
+    ),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="A checkpoint to fill a library's model or yours with.")
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option(help="What a checkpoint is of if it does not say, e.g. torchvision:resnet18."),
+]
+
+
+def taps(
+    model: Model,
+    weights: Weights = None,
+    backbone: Backbone = None,
+    image_size: Annotated[int, typer.Option(help="Side of the example image.")] = 224,
+    json_: AsJson = False,
+) -> None:
+    """List the points of a model where features can be read, with what each costs."""
+    import torch
+
+    from headplug.models import load_model
+    from headplug.taps import list_taps
+
+    shape = (3, image_size, image_size)
+    loaded = load_model(model, shape=shape, weights=weights, backbone=backbone)
+    rows = list_taps(loaded.model, torch.zeros(1, *shape))
+    if json_:
+        print(json.dumps(rows, indent=1, default=str))
+        return
+    shown = ["path", "type", "shape", "calls"]
+    cells = [[str(r[c]) for c in shown] + [f"{r['cost']:.0%}"] for r in rows]
+    print_table([*shown, "cost so far"], cells)
+
+
+def extract(
+    model: Model,
+    at: Annotated[
+        list[str], typer.Option(help="A point to read, as headplug taps lists; repeat for more.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the feature stores, one for each split.")],
+    data: Data = "digits",
+    split: Annotated[str, typer.Option(help="train, test or all.")] = "all",
+    pool: Annotated[str, typer.Option(help="gap, flat, cls, cls+gap or tokens.")] = "gap",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    normalize: Annotated[
+        str, typer.Option(help="auto (as the model was trained, if known), imagenet or none.")
+    ] = "auto",
+    weights: Weights = None,
+    backbone: Backbone = None,
+    pretrained: Annotated[
+        bool,
+        typer.Option(
+            "--pretrained/--random", help="Weights of a library's model if there are no others."
+        ),
+    ] = True,
+    batch_size: Annotated[int, typer.Option(help="Images a step, on each device.")] = 256,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    image_size: ImageSize = None,
+    limit: Annotated[int | None, typer.Option(help="Use a subset of this many images.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Keep the features of a data set at some points of a model; goes on where it was stopped."""
+    import os
+
+    from headplug.extraction import extract as run
+
+    done = run(
+        model,
+        data,
+        out,
+        at,
+        split=split,
+        pool=pool,
+        dtype=dtype,
+        normalize=normalize,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        image_size=image_size,
+        limit=limit,
+        weights=weights,
+        backbone=backbone,
+        pretrained=pretrained,
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if json_:
+        print(json.dumps(done, indent=1))
+        return
+    print(f"model:  {done['model']}\nimages: {done['images']}", file=sys.stderr)
+    for store in done["stores"]:
+        shapes = [[tap, " x ".join(map(str, shape))] for tap, shape in store["taps"].items()]
+        print_table(["tap", "shape"], shapes)
+        speed = f"{store['images_per_s']:.0f} images/s" if store["computed"] else "already there"
+        print(f"{store['folder']}: {store['samples']} samples, {store['dtype']}, {speed}\n")
+
+
+COMMANDS = {taps: "taps", extract: "extract"}
