@@ -61,7 +61,12 @@ class TappedModel:
     @contextmanager
     def open(self) -> Iterator[Callable[[Tensor], dict[str, Tensor]]]:
         """Gives a function that makes rows of a batch of images, by tap in depth order."""
-        asked = {name: [_checking(p) for p in points] for name, points in self.asked.items()}
+        asked = {
+            name: _checking(points)
+            if isinstance(points, Point)
+            else {n: _checking(p) for n, p in points.items()}
+            for name, points in self.asked.items()
+        }
         with (
             evaluating(self.layout.model),
             Reader(self.layout, None, asked, compiled=True) as reader,

@@ -210,8 +210,9 @@ def prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        for partial in (*folder.glob(".shard-*.partial"), *folder.glob(f".{INDEX}.*.partial")):
-            partial.unlink(missing_ok=True)
+        for pattern in (".shard-*.partial", f".{INDEX}.*.partial", ".tmp??????"):  # safetensors'
+            for partial in folder.glob(pattern):
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error}. Choose another folder.") from None
 

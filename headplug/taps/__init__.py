@@ -1,24 +1,25 @@
 """Reading features at named points of a model.
 
-Hooks live for the span of a `with` block and are gone after it, whatever happens. Every call of a
-module keeps its own tensor, because SSL steps call a head once per view. A point that matches
-nothing, or that was never reached, is an error, never a stale tensor. `headplug.taps.points` says
-how points are written.
+Nothing is left on the model after a `with` block, whatever happens. Every call of a module keeps
+its own tensor, because SSL steps call a head once per view. A point that matches nothing, or that
+was never reached, is an error, never a stale tensor. `headplug.taps.points` says how points are
+written, `headplug.taps.recorder` how calls are seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from headplug.taps.hooks import hooks
+from headplug.taps.block import Block
 from headplug.taps.listing import list_taps
+from headplug.taps.modes import eagerly
 from headplug.taps.options import Pool, Tap, requested
-from headplug.taps.points import Layout, flat
+from headplug.taps.points import Layout
 from headplug.taps.reading import Reader
 from headplug.taps.record import Taps
 
@@ -40,12 +41,12 @@ def tap(
     """Reads what modules receive or return while the block runs.
 
     It sees the calls of its own thread, and not the second forward of activation checkpointing. A
-    copy made of the model inside the block is not tapped.
+    copy made of the model inside the block is not tapped. A module's input is what comes after
+    other hooks on it, its output what its forward returns.
 
     Args:
-        model: Any module. Where torch.compile was used on it or its parts and none of that has run
-            yet, what is read comes out of the compiled code. What was compiled before the block
-            runs eagerly inside it, because hooks that come later would be skipped silently.
+        model: Any module. What torch.compile made of it, of its parts or of functions that call it
+            is compiled once more for the block, without graph breaks, and is as before after it.
         points: Names, paths, patterns or indices, see `headplug.taps.points`; a `Tap` gives one
             options of its own, a mapping gives names of your own.
         calls: What to keep where a module is called several times: "all" (a list), "last", "cat"
@@ -57,7 +58,8 @@ def tap(
         dtype: What to convert floating-point tensors to.
         device: Where to move tensors; from a GPU to "cpu" through pinned memory, while the GPU
             goes on computing.
-        gradients: Keep the gradients that arrive at the points, for `taps.gradient(name)`.
+        gradients: Keep the gradients that arrive at the points, for `taps.gradient(name)`; compiled
+            code runs eagerly in the block then.
 
     Yields:
         A mapping from point to what was read; `taps.read()` gives all in the shape of `points`. It
@@ -84,10 +86,10 @@ def tap(
     layout = Layout(model)
     default = Tap("", calls, pool, detach, clone, dtype, device, gradients)
     request = points[0] if len(points) == 1 else list(points)
-    asked = layout.resolve(requested(request, default))
-    taps = Taps(request, asked)
-    with hooks(layout, flat(asked), taps.keep) as block:
-        taps.settle = block.drain
+    taps = Taps(request, layout.resolve(requested(request, default)))
+    # in compiled code the gradient inside is nowhere to be had
+    stance = eagerly() if any(p.how.gradients for p in taps.points) else nullcontext()
+    with Block(taps.points, taps.keep).open(), stance:
         yield taps
 
 

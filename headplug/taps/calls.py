@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy as copy_of
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakMethod
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map
 
 from headplug.errors import TapError
 from headplug.taps.points import Point
@@ -38,7 +41,7 @@ class Calls:
         self.seen = 0
         self._kept: list[Kept] = []
         self._gradients: dict[int, Tensor] = {}
-        self._copied: Any = None  # the CUDA event after the last copy
+        self._copied: list[Any] = []  # CUDA events after copies that may be under way
 
     def keep(self, value: Any, copy: bool) -> None:
         """Takes what a call gives, or a copy of it."""
@@ -46,10 +49,10 @@ class Calls:
         self.seen += 1
         if isinstance(how.calls, int) and call != how.calls:
             return
-        take = partial(self._taken, call, copy)
-        value = take(value) if isinstance(value, Tensor) else tree_map_only(Tensor, take, value)
         if how.calls == "last":
             self._kept.clear()
+            self._gradients.clear()
+        value = mapped(partial(self._taken, call, copy), value)
         self._kept.append(Kept(call, value, _versions(value)))
 
     def value(self) -> Any:
@@ -59,8 +62,8 @@ class Calls:
             TapError: Nothing, or it was changed in place since.
         """
         kept = self._found()
-        if self._copied is not None:
-            self._copied.synchronize()
+        while self._copied:
+            self._copied.pop().synchronize()
         if any(_versions(k.value) != k.versions for k in kept):
             raise TapError(
                 f"what was read at {self.point.name!r} has since been changed in place, as by "
@@ -70,23 +73,21 @@ class Calls:
         return self._chosen([k.value for k in kept])
 
     def gradient(self) -> Any:
-        """The gradients that have come to what was read.
+        """The gradients that have come to what was read; None for calls without one.
 
         Raises:
-            TapError: None have come, or they were not asked for.
+            TapError: None has come, or they were not asked for.
         """
         name = self.point.name
         if not self.point.how.gradients:
             raise TapError(f"{name!r} was read without gradients=True; pass it to tap().")
-        calls = [k.call for k in self._found()]
-        for call in calls:
-            if call not in self._gradients:
-                raise TapError(
-                    f"no gradient has come to {name!r} in call {call}: no backward pass has run, "
-                    "the loss does not depend on it, it needs no gradient, or it was run in code "
-                    "that torch.compile made inside the block."
-                )
-        return self._chosen([self._gradients[call] for call in calls])
+        found = [self._gradients.get(k.call) for k in self._found()]
+        if not any(g is not None for g in found):
+            raise TapError(
+                f"no gradient has come to {name!r}: no backward pass has run, the loss does not "
+                "depend on it, it needs no gradient, or it ran in code that torch.compile made."
+            )
+        return self._chosen(found)
 
     def _taken(self, call: int, copy: bool, t: Tensor) -> Tensor:
         """A tensor as the options want it."""
@@ -112,23 +113,26 @@ class Calls:
         if not (t.is_cuda and device.type == "cpu"):
             return t.to(device)
         host = torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(t.device))
+        self._copied.append(torch.cuda.current_stream(t.device).record_event())
         return host
 
     def _add(self, call: int, gradient: Tensor) -> None:
-        if call in self._gradients:
-            gradient = self._gradients[call] + gradient
-        self._gradients[call] = gradient.detach()
+        if not any(k.call == call for k in self._kept):
+            return
+        gradient = gradient.detach()
+        if self.point.how.device is not None:
+            gradient = self._moved(gradient, torch.device(self.point.how.device))
+        before = self._gradients.get(call)
+        self._gradients[call] = gradient if before is None else before + gradient
 
     def _found(self) -> list[Kept]:
         name, calls = self.point.name, self.point.how.calls
         if not self.seen:
             raise TapError(
                 f"{name!r} was never reached. Its module was not called inside the block (in the "
-                "block's own thread), or it was run in a way that skips hooks: module.forward(x), "
-                "or a function compiled by torch.compile. Call modules as module(x); "
-                "list_taps(model, x) shows which ones the model's own forward calls."
+                "block's own thread, and since clear()), or only its weights were used: by a "
+                "function, or in an exported or captured graph. list_taps(model, x) shows what "
+                "the model's own forward calls."
             )
         if not self._kept:
             raise TapError(f"{name!r} was reached {self.seen} times, so there is no call {calls}.")
@@ -145,7 +149,30 @@ class Calls:
                 f"{self.point.name!r} gives a {type(values[0]).__name__}, which cannot be joined; "
                 f"name a part of it: '{self.point.path}:output[0]'."
             )
-        return torch.cat(values)
+        try:
+            return torch.cat(values)
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(v.shape)) for v in values)
+            raise TapError(
+                f"the calls at {self.point.name!r} gave shapes {shapes}, which cannot be joined; "
+                "pool='gap' makes vectors of them."
+            ) from error
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value with all its tensors replaced; dataclasses are opened, too."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            new = copy_of(leaf)
+            for field in fields(leaf):
+                object.__setattr__(new, field.name, mapped(function, getattr(leaf, field.name)))
+            return new
+        return leaf
+
+    return one(value) if isinstance(value, Tensor) else tree_map(one, value)
 
 
 def _arrived(add: WeakMethod[Any], call: int, gradient: Tensor) -> None:
@@ -154,9 +181,17 @@ def _arrived(add: WeakMethod[Any], call: int, gradient: Tensor) -> None:
 
 
 def _versions(value: Any) -> list[int]:
-    tensors = (value,) if isinstance(value, Tensor) else tree_leaves(value)
-    return [0 if t.is_inference() else t._version for t in tensors if isinstance(t, Tensor)]
+    found: list[int] = []
+
+    def add(t: Tensor) -> Tensor:
+        found.append(0 if t.is_inference() else t._version)
+        return t
+
+    mapped(add, value)
+    return found
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
+    if a is b or a.layout != torch.strided:
+        return a is b
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)

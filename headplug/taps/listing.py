@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headplug.taps.hooks import hooks
-from headplug.taps.modes import untouched
-from headplug.taps.points import Layout, Point
+from headplug.taps.block import Block
+from headplug.taps.modes import eagerly, untouched
+from headplug.taps.points import Layout, Point, is_called
 from headplug.taps.reading import finish, noting
 
 
@@ -42,33 +42,35 @@ def list_taps(model: nn.Module, example_input: Any) -> list[dict[str, Any]]:
     names = {p.path: p.name for p in layout.shared.values() if not p.takes_input}
     paths: dict[nn.Module, str] = {}  # the first of each
     for path, module in layout.modules.items():
-        paths.setdefault(module, path)
-    rows: dict[str, dict[str, Any]] = {}
-    counter = FlopCounterMode(display=False)
-
-    def keep(point: Point, value: Any) -> None:
-        path, kind = point.path, type(point.module).__name__
-        new = {"name": point.name, "path": path, "type": kind, "shape": None, "calls": 0}
-        row = rows.setdefault(path, new)
-        if point.takes_input:
-            row["calls"] += 1
-        else:
-            row["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
-            row["cost"] = counter.get_total_flops()
-
+        if is_called(module):
+            paths.setdefault(module, path)
     points = [
         Point(names.get(path, path), path, module, takes_input)
         for module, path in paths.items()
         for takes_input in (True, False)
     ]
+    rows: dict[str, dict[str, Any]] = {}
+    counter = FlopCounterMode(display=False)
+
+    def keep(number: int, value: Any) -> None:
+        name, path, module, takes_input, *_ = points[number]
+        new = {"name": name, "path": path, "type": type(module).__name__, "shape": None, "calls": 0}
+        row = rows.setdefault(path, new)
+        if takes_input:
+            row["calls"] += 1
+        else:
+            row["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+            row["cost"] = counter.get_total_flops()
+
     with (
         untouched(layout.root),
-        hooks(layout, points, keep),
-        noting(layout.backbones.values()) as ran,
+        Block(points, keep).open(),
+        noting(layout.backbones.values()) as given,
+        eagerly(),
         torch.no_grad(),
         counter,
     ):
-        out = layout.root(example_input)
-        finish(layout, example_input, out, lambda path: path not in rows, ran)
+        out = layout.root(example_input) if is_called(layout.root) else None
+        finish(layout, example_input, out, lambda path: path not in rows, given)
     total = counter.get_total_flops()
     return [row | {"cost": row["cost"] / total if total else 0.0} for row in rows.values()]

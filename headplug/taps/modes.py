@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,3 +40,33 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for buffers, name, buffer, value in state:
                 buffers[name] = buffer if torch.equal(buffer, value) else buffer.copy_(value)
+
+
+class _Eagerly:
+    """Runs compiled code eagerly as long as a block is open, in whatever thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.blocks = 0
+        self.stance: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.blocks and "torch._dynamo" in sys.modules:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if not self.blocks and self.stance:
+                self.stance.__exit__(None, None, None)
+                self.stance = None
+
+
+_EAGERLY = _Eagerly()
+
+
+def eagerly() -> _Eagerly:
+    """No compiled code runs while the block does: one batch is not worth compiling for."""
+    return _EAGERLY

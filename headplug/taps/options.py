@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -60,6 +60,13 @@ class Tap:
         check_pool(self.pool)
         if not (self.dtype is None or isinstance(self.dtype, torch.dtype)):
             raise OptionError(f"dtype is a torch.dtype such as torch.float16, not {self.dtype!r}.")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError):
+                raise OptionError(
+                    f"device is one of torch's, such as 'cpu' or 'cuda', not {self.device!r}."
+                ) from None
 
     @property
     def name(self) -> str:
@@ -88,21 +95,12 @@ def requested(asked: Any, default: Tap) -> dict[str, Tap]:
             raise TapError(f"a point is a string, an index or a Tap, not {one!r}.")
         one = (one if isinstance(one, Tap) else Tap(one)).completed(default)
         name = one.name if name is None else name
-        agreed(name, found.setdefault(name, one), one)
+        if found.setdefault(name, one) != one:
+            raise TapError(
+                f"{name!r} is asked for in two ways; give them names: "
+                f"{{'one': Tap({one.point!r}, ...), 'other': Tap({one.point!r}, ...)}}."
+            )
     return found
-
-
-def agreed(name: str, one: Tap, other: Tap) -> None:
-    """Checks that what goes by one name is read in one way.
-
-    Raises:
-        TapError: It is not.
-    """
-    if one is not other and replace(one, point="") != replace(other, point=""):
-        raise TapError(
-            f"{name!r} is asked for in two ways; give them names: "
-            f"{{'one': Tap({one.point!r}, ...), 'other': Tap({other.point!r}, ...)}}."
-        )
 
 
 def shaped(asked: Any, read: Callable[[str], Any]) -> Any:

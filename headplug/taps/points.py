@@ -21,11 +21,13 @@ tuple or mapping that it returns; without an ending, all that it returns. Wrappe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import NamedTuple, NoReturn
 
+import torch
 from torch import nn
 
 from headplug.errors import SlotError, TapError, unknown
@@ -34,7 +36,7 @@ from headplug.hosts import HeadSlot, find_slots
 from headplug.hosts.modules import inside
 from headplug.hosts.twins import COPY_WORDS
 from headplug.taps.names import Name
-from headplug.taps.options import Tap, agreed
+from headplug.taps.options import Tap
 from headplug.taps.pooling import PLAIN, Form, form_of
 from headplug.taps.wrappers import Compiled, compiled_in, is_sharded, plain, tappable, unwrapped
 
@@ -47,9 +49,9 @@ class Point(NamedTuple):
     """One point of one model.
 
     Attributes:
-        name: What results are called.
+        name: What was asked for, or the path that a pattern matched, with its ending.
         path: Where the module is.
-        module: The module to hook.
+        module: The module.
         takes_input: Whether what it receives is read instead of what it returns.
         key: The part of that to read; None is the first input, or the whole output.
         how: Its options.
@@ -63,6 +65,10 @@ class Point(NamedTuple):
     key: int | str | None = None
     how: Tap = Tap("")
     form: Form = PLAIN
+
+
+Asked = Mapping[str, Point | dict[str, Point]]
+"""By the names of a request one point, or all that a pattern stands for."""
 
 
 class Layout:
@@ -102,6 +108,9 @@ class Layout:
         found = {}
         if path := next((p for p in BACKBONES if p in self.modules), None):
             found["backbone"] = Point("backbone", path, self.modules[path])
+        elif own := self.own_backbone:
+            path = next(p for p, module in self.backbones.items() if module is own)
+            found["backbone"] = Point("backbone", path, own)
         if self.head:
             module = self.modules[path := plain(self.head.path)]
             for name in HEAD_POINTS:
@@ -141,7 +150,7 @@ class Layout:
             return None, f"none is found in this {type(self.root).__name__}."
         return None, f"there are {len(slots)}, {', '.join(s.path for s in slots)}."
 
-    def resolve(self, asked: Mapping[str, Tap]) -> dict[str, list[Point]]:
+    def resolve(self, asked: Mapping[str, Tap]) -> Asked:
         """The points that each name of a request stands for, in the order asked.
 
         Raises:
@@ -152,19 +161,16 @@ class Layout:
         """
         if not asked:
             raise TapError(f"name at least one point, for example: {', '.join(self.names()[:6])}.")
-        found: dict[str, Point] = {}
-        resolved = {name: self._resolve(name, tap) for name, tap in asked.items()}
-        for point in (p for points in resolved.values() for p in points):
-            agreed(point.name, found.setdefault(point.name, point).how, point.how)
-        return {name: [found[p.name] for p in points] for name, points in resolved.items()}
+        return {name: self._resolve(tap) for name, tap in asked.items()}
 
     def names(self) -> list[str]:
         """The shared names and all paths."""
         return [*self.shared, *(p for p in self.modules if p not in self.shared)]
 
-    def _resolve(self, name: str, tap: Tap) -> list[Point]:
-        asked = Name.parse(tap.name)
-        path = asked.path if asked.regex else plain(asked.path.removeprefix(self._prefix))
+    def _resolve(self, tap: Tap) -> Point | dict[str, Point]:
+        whole = tap.name in self.modules  # a path may have a colon in it
+        asked = Name(tap.name) if whole else Name.parse(tap.name)
+        path = asked.path if asked.regex else self._own(asked.path)
         exact = asked.kind is None and not asked.regex and self._is_exact(path)
         if asked.stage is not None:
             matched, exact = {"": self._feature(path, asked.stage)}, True
@@ -174,28 +180,33 @@ class Layout:
             matched = {p: p for p in self.modules if re.fullmatch(path, p)}
         else:
             matched = self._named(path)
-        matched = {n: p for n, p in matched.items() if _is_called(self.modules[p]) or exact}
-        if not matched:
-            self._refuse(tap.name, path)
-        for one in matched.values():
-            if not _is_called(self.modules[one]):
-                raise TapError(
-                    f"{tap.name!r} is a {type(self.modules[one]).__name__}, which is never called. "
-                    f"Name what is in it: '{one}.*'."
-                )
-        takes_input = asked.side == "input" or (path == "pre_projection" and not asked.side)
-        return [
-            Point(
-                name if exact else full + asked.ending,
-                at,
-                self.modules[at],
-                takes_input,
-                asked.key,
-                tap,
-                self._form(at),
+        called = {n: p for n, p in matched.items() if is_called(self.modules[p])}
+        if not called and matched:
+            one = next(iter(matched.values()))
+            raise TapError(
+                f"{tap.name!r} is a {type(self.modules[one]).__name__}, which is never called. "
+                f"Name what is in it: '{one}.*'."
             )
-            for full, at in matched.items()
-        ]
+        if not called:
+            self._refuse(tap.name, path)
+        takes_input = asked.side == "input" or (path == "pre_projection" and not asked.side)
+
+        def point(name: str, at: str) -> Point:
+            form = self._form(at, takes_input) if tap.pool else PLAIN
+            how = replace(tap, point="")
+            return Point(name, at, self.modules[at], takes_input, asked.key, how, form)
+
+        if exact:
+            return point(tap.name, *called.values())
+        return {name + asked.ending: point(name + asked.ending, at) for name, at in called.items()}
+
+    def _own(self, path: str) -> str:
+        """A path without wrappers; one that starts with a shared name, from there."""
+        path = plain(path.removeprefix(self._prefix))
+        first, dot, rest = path.partition(".")
+        if dot and first == "backbone" and first not in self.modules and first in self.shared:
+            return f"{self.shared[first].path}.{rest}"
+        return path
 
     def _is_exact(self, path: str) -> bool:
         return path in self.modules or (_is_shared(path) and path in self.shared)
@@ -244,15 +255,21 @@ class Layout:
                 f"there is no feature {index}; {place or 'the model'} has 0 to {len(names) - 1}: "
                 f"{', '.join(names)}."
             )
-        start = f"{place}." if place else ""
-        dotted = start + names[index]  # timm's own extractors write _ for the dots
-        return dotted if dotted in self.modules else start + names[index].replace(".", "_")
+        name = names[index]
+        start = f"{place}." if place else ""  # timm's own extractors write _ or put a model around
+        for full in (name, name.replace(".", "_"), f"model.{name}"):
+            if start + full in self.modules:
+                return start + full
+        raise TapError(
+            f"feature {index} of {place or 'the model'} is {name!r} by timm's feature_info, where "
+            "there is no module. Name one by its path; list_taps(model, x) shows all."
+        )
 
-    def _form(self, path: str) -> Form:
-        """What shapes mean at a path, from the modules around it."""
+    def _form(self, path: str, takes_input: bool) -> Form:
+        """What shapes mean at a path, from the module there and those around it."""
         parts = path.split(".")
-        above = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
-        return form_of([self.root, *(self.modules[p] for p in above)])
+        around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        return form_of([self.root, *(self.modules[p] for p in around)], takes_input)
 
     def _refuse(self, name: str, path: str) -> NoReturn:
         if path in HEAD_POINTS:
@@ -265,9 +282,10 @@ class Layout:
         raise unknown("tap", name, self.names(), hint)
 
 
-def flat(resolved: Mapping[str, Sequence[Point]]) -> list[Point]:
+def flat(asked: Asked) -> list[Point]:
     """All points, each once."""
-    return list(dict.fromkeys(p for points in resolved.values() for p in points))
+    each = (p.values() if isinstance(p, dict) else (p,) for p in asked.values())
+    return list(dict.fromkeys(p for points in each for p in points))
 
 
 def _words(path: str) -> set[str]:
@@ -278,7 +296,10 @@ def _is_shared(path: str) -> bool:
     return path in SHARED or path.startswith("projection.")
 
 
-def _is_called(module: nn.Module) -> bool:
+def is_called(module: nn.Module) -> bool:
+    """Whether a module has a forward that can be seen."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     return getattr(module.forward, "__name__", "") != nn.Module.forward.__name__
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headplug.taps.hooks import Block, Reached, hooks
-from headplug.taps.points import Layout, Point, flat
+from headplug.errors import TapError
+from headplug.taps.block import Block, Reached, ReachedCompiled
+from headplug.taps.modes import eagerly
+from headplug.taps.points import Asked, Layout, is_called
 from headplug.taps.record import Taps
+from headplug.taps.recorder import drain, recorder_of
 
 
 class Reader:
@@ -34,109 +38,152 @@ class Reader:
         self,
         layout: Layout,
         request: Any,
-        asked: Mapping[str, Sequence[Point]],
+        asked: Asked,
         *,
         grad: bool = False,
         compiled: bool = False,
     ) -> None:
         self._layout = layout
         self._taps = Taps(request, asked)
-        self._points = flat(asked)
+        self._block = Block(self._taps.points, self._keep)
         self._grad = grad
         self._compiler = _compiler_of(layout) if compiled else None
 
     def __enter__(self) -> Reader:
-        layout, compiler = self._layout, self._compiler
+        layout, block = self._layout, self._block
+        run = _stopping(block, layout.model if layout.sharded else layout.root)
         with ExitStack() as stack:
-            traced = compiler is not None
-            self._block = stack.enter_context(hooks(layout, self._points, self._keep, traced))
-            backbones = () if traced else layout.backbones.values()
-            self._ran = stack.enter_context(noting(backbones))
+            stack.enter_context(block.open())
             if not layout.sharded:
-                self._block.needs = _counted([p.how.calls for p in self._points])
-            self._run = _stopping(self._block, layout.model if layout.sharded else layout.root)
-            if compiler:
-                self._run = compiler(self._run)
+                block.needs = _counted([p.how.calls for p in block.points])
+            if self._compiler:
+                run = self._compiler(run)
+                stack.enter_context(_stops(block))
+            elif layout.compiled:
+                stack.enter_context(eagerly())
+            self._run = run
+            backbones = () if self._compiler else layout.backbones.values()
+            self._given = stack.enter_context(noting(backbones))
             self._open = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
+        del self._block, self._run
 
     def __call__(self, x: Any) -> Taps:
-        """What the points give for one batch, until the next one."""
+        """What the points give for one batch, until the next one.
+
+        Raises:
+            TapError: The model has no forward.
+        """
         self._taps.clear()
-        self._ran.clear()
+        self._given.clear()
+        self._block.left = list(self._block.needs)
         with torch.set_grad_enabled(self._grad):
-            out = self._run(x)
-            self._block.drain()
-            if not all(map(self._taps.seen, self._points)):
+            out = self._run(x) if is_called(self._layout.root) else None
+            drain()
+            if not all(map(self._taps.seen, self._taps.points)):
                 with suppress(Reached):
-                    finish(self._layout, x, out, self._missing, self._ran)
+                    finish(self._layout, x, out, self._missing, self._given)
         return self._taps
 
-    def _keep(self, point: Point, value: Any) -> None:
+    def _keep(self, number: int, value: Any) -> None:
         # what runs from here on may change it in place
-        self._taps.keep(point, value, copy=not self._block.is_last)
+        self._taps.keep(number, value, copy=not self._block.is_last)
 
     def _missing(self, path: str) -> bool:
-        return any(
-            f"{p.path}.".startswith(f"{path}.") for p in self._points if not self._taps.seen(p)
-        )
+        left = (p for p in self._taps.points if not self._taps.seen(p))
+        return any(f"{p.path}.".startswith(f"{path}.") for p in left)
 
 
 def finish(
-    layout: Layout, x: Any, out: Any, missing: Callable[[str], bool], ran: set[nn.Module]
+    layout: Layout,
+    x: Any,
+    out: Any,
+    missing: Callable[[str], bool],
+    given: Mapping[nn.Module, Any],
 ) -> None:
-    """Runs the head after the model where the model's own forward leaves it to a training step.
+    """Runs what the model's own forward leaves to a training step: the backbone, the head.
 
     Args:
         layout: Of the model.
         x: The batch.
         out: What the model returned for it.
         missing: Whether something at or below a path is still wanted.
-        ran: The backbones that ran; an own forward may run the EMA copy, or none.
+        given: What each backbone that ran returned; an own forward may run the EMA copy, or none.
+
+    Raises:
+        TapError: The model has neither a forward nor a backbone that is known.
     """
-    head = layout.head
-    if not head or not missing(head.path):
-        return
-    if (own := layout.own_backbone) and own not in ran:
-        out = own(x)
-    if isinstance(out, Tensor) and out.ndim > 1:
+    own, head, has_forward = layout.own_backbone, layout.head, is_called(layout.root)
+    if own is None and not has_forward:
+        raise TapError(
+            f"{type(layout.root).__name__} has no forward, and no backbone is found in it. Call "
+            "what you train with inside a block of tap()."
+        )
+    wanted = head is not None and missing(head.path)
+    if own is not None and (wanted or not has_forward):
+        out = given[own] if own in given else own(x)
+    if wanted and head and isinstance(out, Tensor) and out.ndim > 1:
         h = out.flatten(1)
         if h.shape[1] == head.input_dim:
             layout.shared["projection"].module(h)
 
 
 @contextmanager
-def noting(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
-    """Notes which of some modules run."""
-    ran: set[nn.Module] = set()
+def noting(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
+    """Notes what some modules return."""
+    given: dict[nn.Module, Any] = {}
     with ExitStack() as stack:
         for module in modules:
-            handle = module.register_forward_hook(lambda module, *_: ran.add(module))
+            handle = module.register_forward_hook(lambda m, _, out: given.update({m: out}))
             stack.callback(handle.remove)
-        yield ran
+        yield given
 
 
-def _counted(calls: Sequence[Any]) -> dict[int, int]:
+def _counted(calls: Sequence[Any]) -> list[int]:
     """How many calls to wait for at each point; empty if one wants them all."""
-    if not all(isinstance(call, int) for call in calls):
-        return {}
-    return {number: call + 1 for number, call in enumerate(calls)}
+    return [call + 1 for call in calls] if all(isinstance(c, int) for c in calls) else []
 
 
 def _stopping(block: Block, model: nn.Module) -> Callable[[Any], Any]:
     """Runs a model until all that a block needs has been read."""
 
     def run(x: Any) -> Any:
-        block.left = dict(block.needs)
+        block.left = list(block.needs)
         try:
             return model(x)
-        except Reached:
+        except (Reached, ReachedCompiled):
             return None
 
     return run
+
+
+@contextmanager
+def _stops(block: Block) -> Iterator[None]:
+    """Lets compiled code count the calls of a block's modules."""
+    recorders = {id(r): r for r in (recorder_of(p.module) for p in block.points)}.values()
+    for recorder in recorders:
+        numbers = [
+            [
+                i
+                for i, p in enumerate(block.points)
+                if recorder_of(p.module) is recorder and p.takes_input == side
+            ]
+            for side in (False, True)
+        ]
+        recorder.stop = partial(_count, block, numbers)
+    try:
+        yield
+    finally:
+        for recorder in recorders:
+            recorder.stop = None
+
+
+def _count(block: Block, numbers: Sequence[Sequence[int]], takes_input: bool) -> None:
+    for number in numbers[takes_input]:
+        block.count(number)
 
 
 def _compiler_of(layout: Layout) -> Callable[[Any], Any] | None:
@@ -148,8 +195,7 @@ def _compiler_of(layout: Layout) -> Callable[[Any], Any] | None:
 
     def compiler(run: Any) -> Any:
         # compiled code belongs to a code object: one of its own for every reader
-        own = FunctionType(run.__code__.replace(), {}, None, None, run.__closure__)
-        own.__globals__.update(run.__globals__)
-        return wrapper.dynamo_ctx(own)
+        code = run.__code__.replace()
+        return wrapper.dynamo_ctx(FunctionType(code, run.__globals__, closure=run.__closure__))
 
     return compiler

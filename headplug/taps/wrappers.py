@@ -1,4 +1,4 @@
-"""What wraps a model: DistributedDataParallel, FSDP, torch.compile, activation checkpointing.
+"""What wraps a model: DistributedDataParallel, FSDP, Fabric, torch.compile, checkpointing.
 
 None of them leaves a mark in the names of points. Models whose modules are never called, or whose
 calls see a part of the batch, are refused with the reason.
@@ -6,10 +6,9 @@ calls see a part of the batch, are refused with the reason.
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Iterator, Sequence
-from types import CodeType, FunctionType
+from collections.abc import Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 
 from headplug.errors import TapError
 
-INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+INNER = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Compiled(NamedTuple):
@@ -102,29 +101,6 @@ def compiled_in(modules: Sequence[nn.Module]) -> list[Compiled]:
         for name, value in vars(module).items()
         if hasattr(value, "_torchdynamo_orig_callable") and type(value) is FunctionType
     ]
-
-
-def has_run(model: nn.Module, compiled: list[Compiled]) -> bool:
-    """Whether there may be compiled code already, which hooks that come now would not be in.
-
-    Code is shared by all instances of a class, so another instance may be what ran.
-    """
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.external_utils import wrap_inline
-
-    return any(
-        _debug_get_cache_entry_list(code)
-        for code in {wrap_inline(has_run).__code__, *_codes(model, compiled)}
-    )
-
-
-def _codes(model: nn.Module, compiled: list[Compiled]) -> Iterator[CodeType]:
-    functions = [m.forward for m in model.modules()]
-    functions += [c.function._torchdynamo_orig_callable for c in compiled]
-    for function in functions:
-        function = inspect.unwrap(getattr(function, "__func__", function))
-        if isinstance(code := getattr(function, "__code__", None), CodeType):
-            yield code
 
 
 def _is_exported(model: Any) -> bool:

@@ -99,13 +99,52 @@ def test_hooks_before_the_first_call_are_compiled_in_whole_and_once(how, backend
     run(x)
     with torch._dynamo.config.patch(error_on_recompile=True):
         run(x)  # and it is compiled once for that
-    with tap(model, "projection") as taps:  # compiled before: runs eagerly inside the block
-        run(x)
-    if how == "in the block":  # the model does not know of the function around it
-        with pytest.raises(TapError, match="function compiled by"):
-            taps["projection"]
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "method", "part", "function"])
+def test_what_was_compiled_before_is_compiled_once_more_and_is_as_before_after_it(how):
+    backend = Graphs()
+    model, x = Model(), torch.rand(3, 4)
+    reference = expected(x)
+    options = {"backend": backend, "fullgraph": True}
+    run = model
+    if how == "torch.compile":
+        run = model = torch.compile(model, **options)
+    elif how == "model.compile":
+        model.compile(**options)
+    elif how == "method":
+        model.forward = torch.compile(model.forward, **options)
+    elif how == "part":
+        model.backbone = torch.compile(model.backbone, **options)
     else:
-        assert torch.equal(taps["projection"][0], reference["projection"][0])
+        run = torch.compile(lambda x: model(x), **options)
+    run(x)
+    before = len(backend.graphs)
+    for _ in range(10):  # more blocks than torch compiles one function for
+        with tap(model, *POINTS) as taps:
+            for _ in range(20):  # and more calls; nothing is read in between
+                run(x)
+        assert all(len(taps[p]) == 20 * len(reference[p]) for p in POINTS)
+        assert all(map(torch.equal, taps["projection"], 20 * reference["projection"]))
+        assert len(backend.graphs) == 2 * before
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            run(x)
+    with tap(model, "backbone", calls="last") as taps:
+        for _ in range(20):
+            run(x)
+    assert torch.equal(taps["backbone"], reference["backbone"][1])
+
+
+def test_nested_blocks_of_compiled_models_both_read():
+    model, x = torch.compile(Model(), backend="eager"), torch.rand(3, 4)
+    model(x)
+    with tap(model, "projection") as outer:
+        model(x)
+        with tap(model, "projection", "backbone") as inner:
+            model(x)
+        model(x)
+    assert (len(outer["projection"]), len(inner["projection"])) == (3, 1)
+    assert len(inner["backbone"]) == 2
 
 
 def test_losses_act_on_what_compiled_code_gives():

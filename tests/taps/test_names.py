@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
@@ -31,8 +32,16 @@ class Encoder(nn.Module):
     def forward(self, x, mask, *, scale=1.0):
         cls, patches = x[:, 0] * scale, x[:, 1:] * mask
         if self.kind == "mapping":
-            return {"cls": cls, "patches": patches}
+            return {"cls": cls, "patches": patches, "keys": patches}
+        if self.kind == "dataclass":
+            return Both(cls, patches)
         return Pair(cls, patches) if self.kind == "named" else (cls, patches)
+
+
+@dataclass
+class Both:
+    cls: torch.Tensor
+    patches: torch.Tensor
 
 
 class Model(nn.Module):
@@ -163,6 +172,9 @@ def test_inputs_by_position_and_by_name():
         ("named", "cls", "patches"),
         ("named", "0", "-1"),
         ("mapping", "cls", "patches"),
+        ("mapping", "cls", "keys"),
+        ("mapping", "0", "1"),
+        ("dataclass", "cls", "patches"),
     ],
 )
 def test_parts_of_outputs(kind, first, second):
@@ -170,12 +182,15 @@ def test_parts_of_outputs(kind, first, second):
     assert torch.equal(found[0], X[:, 0] * 3)
     assert torch.equal(found[1], X[:, 1:] * 2)
     whole = features(Model(kind), X, "encoder:output")
-    assert type(whole) is {"tuple": tuple, "named": Pair, "mapping": dict}[kind]
+    assert type(whole) is {"tuple": tuple, "named": Pair, "mapping": dict, "dataclass": Both}[kind]
 
 
 @pytest.mark.parametrize(
     ("kind", "there"),
-    [("tuple", "returns a tuple of 2"), ("mapping", "returns a dict with cls, patches")],
+    [
+        ("tuple", "returns a tuple of 2"),
+        ("mapping", "returns a dict with 'cls', 'patches', 'keys'"),
+    ],
 )
 def test_a_part_that_is_not_there_says_which_are(kind, there):
     with pytest.raises(TapError, match=rf"'encoder:output\[token\]': encoder {there}"):
@@ -184,7 +199,7 @@ def test_a_part_that_is_not_there_says_which_are(kind, there):
 
 @pytest.mark.parametrize("key", ["cls", "0"])
 def test_a_tensor_has_no_parts(key):
-    with pytest.raises(TapError, match="0 returns a Tensor, which has no parts"):
+    with pytest.raises(TapError, match="0 returns a Tensor, which has no such part"):
         features(nn.Sequential(nn.Linear(4, 2)), X[:, 0], f"0:output[{key}]")
 
 
@@ -193,8 +208,94 @@ def test_one_name_in_two_ways_needs_two_names():
     x = X[:, 0]
     with pytest.raises(TapError, match=r"'0' is asked for in two ways; give them names"):
         features(model, x, ["0", Tap("0", dtype=torch.float64)])
-    with pytest.raises(TapError, match="'0' is asked for in two ways"):
-        features(model, x, ["*", Tap("0", dtype=torch.float64)])
+    every, one = features(model, x, ["*", Tap("0", dtype=torch.float64)])
+    assert (every["0"].dtype, one.dtype) == (torch.float32, torch.float64)
+    shadowed = features(model, x, {"1": "0", "all": "*"})
+    assert torch.equal(shadowed["1"], shadowed["all"]["0"])
+    assert not torch.equal(shadowed["1"], shadowed["all"]["1"])
+    assert list(features(model, x, {"0": "[0]"})["0"]) == ["0"]  # a pattern gives a mapping
     found = features(model, x, {"as it is": "0", "double": Tap("0", dtype=torch.float64)})
     assert torch.equal(found["as it is"].double(), found["double"])
     assert list(features(model, x, {"all": "*", "one": "0"})["all"]) == ["0", "1"]
+
+
+def test_options_reach_into_dataclasses():
+    model, x = Model("dataclass"), X.clone().requires_grad_()
+    with tap(model, "encoder", calls="last", detach=True, dtype=torch.float64) as taps:
+        model(x)
+    found = taps["encoder"]
+    assert type(found) is Both
+    assert found.cls.dtype == torch.float64
+    assert not found.patches.requires_grad
+    with tap(model, "encoder", calls="last") as taps:
+        model(X).patches.add_(1)
+    with pytest.raises(TapError, match="changed in place"):
+        taps["encoder"]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_feature_indices_of_every_kind_of_timms_extractor(name):
+    model = timm.create_model(name, features_only=True).eval()
+    x = torch.rand(1, 3, 160, 160)
+    assert features(model, x, -1).shape[0] == 1
+    assert features(model, x, 0) is not None
+
+
+def test_patterns_leave_out_what_is_not_called():
+    model = torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32).eval()
+    x = torch.rand(2, 3, 32, 32)
+    found = features(model, x, "encoder:Linear")  # MultiheadAttention never calls its out_proj
+    assert list(found) == [
+        f"encoder.layers.encoder_layer_{i}.mlp.{j}" for i in (0, 1) for j in (0, 3)
+    ]
+    assert "heads.head" in features(model, x, "**")
+    with pytest.raises(TapError, match=r"none of the 2 modules that '\*\*.out_proj' stands for"):
+        features(model, x, "**.out_proj")
+
+
+class Student(nn.Module):
+    """No attribute is called backbone, and there is no forward, as in lightly's examples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student_backbone = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+        self.student_head = SimCLRProjectionHead(6, 6, 2)
+
+
+def test_shared_names_start_paths_and_work_without_a_forward():
+    model, x = Student().eval(), torch.rand(3, 4)
+    h = model.student_backbone(x)
+    found = features(model, x, ["backbone", "backbone.0", "backbone:ReLU", "pre_projection"])
+    assert torch.equal(found[0], h)
+    assert torch.equal(found[1], model.student_backbone[0](x))
+    assert list(found[2]) == ["student_backbone.1"]
+    assert torch.equal(found[3], h)
+    assert torch.equal(features(model, x, "projection"), model.student_head(h))
+    with pytest.raises(TapError, match="Bare has no forward, and no backbone is found in it"):
+        features(type("Bare", (nn.Module,), {"__init__": bare})(), x, "part")
+
+
+def bare(self):
+    nn.Module.__init__(self)
+    self.part = nn.Linear(4, 2)
+
+
+def test_the_head_gets_what_the_backbone_gives_not_what_the_model_returns():
+    class Classifier(Student):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.fc(self.student_backbone(x))
+
+    model, x = Classifier().eval(), torch.rand(3, 4)
+    assert torch.equal(features(model, x, "pre_projection"), model.student_backbone(x))
+
+
+def test_a_path_with_a_colon_in_it():
+    model = nn.ModuleDict({"layer:1": nn.Linear(4, 2)})
+    with tap(model, "layer:1") as taps:
+        out = model["layer:1"](X[:, 0])
+    assert torch.equal(taps["layer:1"][0], out)

@@ -145,6 +145,51 @@ def test_gradients_of_each_call_in_the_place_of_what_was_read(model, views):
             taps.gradient("all")
 
 
+def test_gradients_of_calls_that_are_not_kept_are_not_kept(model, views):
+    with tap(model, "projection", calls="last", gradients=True, dtype=torch.float64) as taps:
+        for _ in range(5):
+            model(views[0]).sum().backward()
+        assert len(taps._calls[0]._gradients) == 1
+    assert torch.equal(taps.gradient("projection"), torch.ones(3, 2))
+
+
+def test_a_call_without_gradient_has_none(model, views):
+    with tap(model, "projection", gradients=True) as taps:
+        with torch.no_grad():
+            model(views[0])
+        model(views[1]).sum().backward()
+    first, second = taps.gradient("projection")
+    assert first is None
+    assert torch.equal(second, torch.ones(5, 2))
+
+
+def test_views_of_two_sizes_cannot_be_joined_without_pooling():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    crops = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 5, 5)
+    with tap(model, {"map": "0", "gap": Tap("0", pool="gap")}, calls="cat") as taps:
+        [model(c) for c in crops]
+    assert taps["gap"].shape == (4, 4)
+    with pytest.raises(TapError, match=r"'0' gave shapes .*pool='gap' makes vectors"):
+        taps["map"]
+
+
+def test_a_model_that_catches_exceptions_ends_early_too():
+    class Careful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            try:
+                h = self.first(x)
+            except Exception as error:
+                raise RuntimeError("a layer failed") from error
+            return self.second(h)
+
+    model, x = Careful(), torch.rand(2, 4)
+    assert torch.equal(features(model, x, "first"), model.first(x))
+
+
 def test_gradients_that_are_not_there(model, views):
     with tap(model, "projection") as taps:
         model(views[0]).sum().backward()
@@ -152,7 +197,7 @@ def test_gradients_that_are_not_there(model, views):
         taps.gradient("projection")
     with tap(model, "projection", gradients=True) as taps, torch.no_grad():
         model(views[0])
-    with pytest.raises(TapError, match="no gradient has come to 'projection' in call 0"):
+    with pytest.raises(TapError, match="no gradient has come to 'projection'"):
         taps.gradient("projection")
 
 
@@ -176,7 +221,14 @@ def test_gradients_change_nothing_and_keep_nothing(model, views):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"calls": "first"}, {"calls": -1}, {"calls": True}, {"pool": "mean"}, {"dtype": "half"}],
+    [
+        {"device": "gpu"},
+        {"calls": "first"},
+        {"calls": -1},
+        {"calls": True},
+        {"pool": "mean"},
+        {"dtype": "half"},
+    ],
 )
 def test_wrong_options_say_what_there_is(model, wrong):
     with pytest.raises(
@@ -245,6 +297,39 @@ def test_channels_last_maps_of_swin(size):
     if size == 64:
         pooled = features(model, x, "patch_embed.proj", pool="gap")
         assert torch.allclose(pooled, conv.mean((2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "size"),
+    [("resnet18", "layer1", (256, 128)), ("resnet18", "layer1.0.relu", (256, 128)),
+     ("convnext_tiny", "features.1", (384, 192)), ("swin_t", "features.1", (64, 192))],
+)  # fmt: skip
+def test_maps_with_a_side_as_long_as_they_are_wide(name, at, size):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name).eval()
+    maps = features(model, torch.rand(1, 3, *size), at)
+    axis = 3 if name == "swin_t" else 1
+    width = {"resnet18": 64, "convnext_tiny": 96, "swin_t": 96}[name]
+    assert maps.shape[axis] == width
+    positions = [d for d in (1, 2, 3) if d != axis]
+    pooled = features(model, torch.rand(1, 3, *size), at, pool="gap")
+    assert pooled.shape == (1, width)
+    with tap(model, {"map": at, "gap": Tap(at, pool="gap")}, calls="last") as taps:
+        model(torch.rand(1, 3, *size))
+    assert torch.allclose(taps["gap"], taps["map"].mean(positions), atol=1e-5)
+
+
+@pytest.mark.parametrize("at", ["patch_embed", "blocks.0"])
+def test_points_before_the_class_token_have_none(at):
+    torch.manual_seed(0)
+    name = {"patch_embed": "vit_tiny_patch16_224", "blocks.0": "cait_xxs24_224"}[at]
+    model = timm.create_model(name, num_classes=0, depth=1, img_size=32)
+    x = torch.rand(1, 3, 32, 32)
+    tokens = features(model.eval(), x, at)
+    assert tokens.shape[1] == model.patch_embed.num_patches
+    assert torch.equal(features(model, x, at, pool="tokens"), tokens)
+    with pytest.raises(TapError, match="tokens without a class token"):
+        features(model, x, at, pool="cls")
 
 
 def test_cls_of_what_has_no_class_token():

@@ -1,8 +1,9 @@
-"""Calls that go past hooks, as in the training loops of lightly's DINOv2, iBOT and MAE."""
+"""Seeing every call once: direct ones, as in lightly's DINOv2, iBOT and MAE; in threads; nested."""
 
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTI
 from torch import nn
 
 from headplug import tap
-from headplug.taps.direct import _watched
+from headplug.taps.recorder import _active
 
 
 class IBOT(nn.Module):
@@ -57,7 +58,7 @@ def test_shared_names_see_direct_calls_once_each(model):
         DINOProjectionHead.__dict__.get("forward"),
         MaskedVisionTransformerTIMM.encode,
     ) == original
-    assert not _watched
+    assert not _active
 
 
 def test_values_and_gradients_are_untouched(model):
@@ -95,7 +96,57 @@ def test_blocks_nest_and_an_exception_leaves_no_trace(model):
             model.student_head.forward(torch.rand(2, 3))  # wrong width
     assert (len(inner["projection"]), len(outer["projection"])) == (2, 4)
     assert DINOProjectionHead.forward is original
-    assert not _watched
+    assert not _active
     with tap(model, "projection") as again:
         model.step(X)
     assert len(again["projection"]) == 2
+
+
+def test_direct_calls_are_seen_by_path_too_and_with_a_forward_of_its_own(model):
+    head = model.student_head
+    head.forward = lambda x: type(head).forward(head, x) * 2  # as some libraries patch it
+    own = head.forward
+    with tap(model, "student_backbone", "student_head") as taps:
+        tokens, direct, usual = model.step(X)
+    assert torch.equal(taps["student_backbone"][0], tokens)
+    assert all(map(torch.equal, taps["student_head"], (direct, usual)))
+    assert head.forward is own
+
+
+def test_blocks_may_end_in_any_order(model):
+    first, second = tap(model, "student_head"), tap(model, "student_head")
+    one, two = first.__enter__(), second.__enter__()
+    model.step(X)
+    first.__exit__(None, None, None)
+    model.step(X)
+    second.__exit__(None, None, None)
+    model.step(X)
+    assert (len(one["student_head"]), len(two["student_head"])) == (2, 4)
+    assert not _active
+    assert "forward" not in vars(model.student_head)
+
+
+def test_threads_that_open_and_close_blocks_at_once_do_not_meet():
+    shared = nn.Sequential(nn.Linear(4, 4))
+    errors = []
+
+    def job():
+        try:
+            for _ in range(100):
+                with tap(shared, "0") as taps:
+                    shared(torch.rand(2, 4)), shared[0].forward(torch.rand(2, 4))
+                assert len(taps["0"]) == 2
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=job) for _ in range(4)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert not _active
+    assert "forward" not in vars(shared[0])
