@@ -35,7 +35,6 @@ class Block:
 
     Attributes:
         needs: How many calls each point takes, if the forward pass is to end after them.
-        left: How many of them are still to come.
     """
 
     def __init__(self, points: Sequence[Point], keep: Keep) -> None:
@@ -43,18 +42,24 @@ class Block:
         self.keep = keep
         self.thread = threading.get_ident()
         self.needs: list[int] = []
-        self.left: list[int] = []
+        self.start()
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the call that is being read is the last one needed."""
-        return sum(n for n in self.left if n > 0) == 1
+    def start(self) -> None:
+        """Counts anew."""
+        self._left = list(self.needs)
+        self._unread = len(self.needs)
+
+    def is_last(self, number: int) -> bool:
+        """Whether the call that is being read at a point is the last one needed at all."""
+        return self._unread == 1 and self._left[number] == 1
 
     def count(self, number: int) -> None:
         """Ends the forward pass if this call was the last one needed."""
         if self.needs:
-            self.left[number] -= 1
-            if max(self.left) <= 0:
+            self._left[number] -= 1
+            if self._left[number] == 0:
+                self._unread -= 1
+            if self._unread == 0:
                 raise ReachedCompiled if torch.compiler.is_compiling() else Reached
 
     @contextmanager

@@ -79,9 +79,11 @@ class Reader:
         """
         self._taps.clear()
         self._given.clear()
-        self._block.left = list(self._block.needs)
+        self._block.start()
         with torch.set_grad_enabled(self._grad):
-            out = self._run(x) if is_called(self._layout.root) else None
+            out = None
+            with suppress(Reached):
+                out = self._run(x) if is_called(self._layout.root) else None
             drain()
             if not all(map(self._taps.seen, self._taps.points)):
                 with suppress(Reached):
@@ -90,7 +92,7 @@ class Reader:
 
     def _keep(self, number: int, value: Any) -> None:
         # what runs from here on may change it in place
-        self._taps.keep(number, value, copy=not self._block.is_last)
+        self._taps.keep(number, value, copy=not self._block.is_last(number))
 
     def _missing(self, path: str) -> bool:
         left = (p for p in self._taps.points if not self._taps.seen(p))
@@ -151,10 +153,10 @@ def _stopping(block: Block, model: nn.Module) -> Callable[[Any], Any]:
     """Runs a model until all that a block needs has been read."""
 
     def run(x: Any) -> Any:
-        block.left = list(block.needs)
+        block.start()
         try:
             return model(x)
-        except (Reached, ReachedCompiled):
+        except ReachedCompiled:
             return None
 
     return run
@@ -163,26 +165,20 @@ def _stopping(block: Block, model: nn.Module) -> Callable[[Any], Any]:
 @contextmanager
 def _stops(block: Block) -> Iterator[None]:
     """Lets compiled code count the calls of a block's modules."""
-    recorders = {id(r): r for r in (recorder_of(p.module) for p in block.points)}.values()
-    for recorder in recorders:
-        numbers = [
-            [
-                i
-                for i, p in enumerate(block.points)
-                if recorder_of(p.module) is recorder and p.takes_input == side
-            ]
-            for side in (False, True)
-        ]
-        recorder.stop = partial(_count, block, numbers)
+    numbers: dict[nn.Module, tuple[list[int], list[int]]] = {}
+    for number, point in enumerate(block.points):
+        numbers.setdefault(point.module, ([], []))[int(point.takes_input)].append(number)
+    for module, sides in numbers.items():
+        recorder_of(module).stop = partial(_count, block, sides)
     try:
         yield
     finally:
-        for recorder in recorders:
-            recorder.stop = None
+        for module in numbers:
+            recorder_of(module).stop = None
 
 
 def _count(block: Block, numbers: Sequence[Sequence[int]], takes_input: bool) -> None:
-    for number in numbers[takes_input]:
+    for number in numbers[1 if takes_input else 0]:
         block.count(number)
 
 

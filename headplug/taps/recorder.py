@@ -116,6 +116,9 @@ class Recorder:
         """Who wants to know."""
         return list(self._listeners)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recorder, ()  # the copy of a module that copies all it has is not listened to
+
     def settle(self) -> None:
         """Tells of the last call of compiled code, where only that is wanted."""
         for side, call in ((True, self._last_input), (False, self._last_output)):
@@ -255,7 +258,7 @@ def _remove(module: nn.Module) -> None:
 
 def _state(self: nn.Module) -> Any:
     """What a copy or a pickle of a tapped module gets: its state outside the block."""
-    recorder, state = _active[self], type(self).__getstate__(self)
+    recorder, state = vars(self)[RECORDER], type(self).__getstate__(self)
     ours = (RECORDER, "__getstate__", *_PASSING)
     ids = {handle.id for handle in recorder.handles}
     for hooks in ("_forward_pre_hooks", "_forward_hooks"):

@@ -150,3 +150,15 @@ def test_threads_that_open_and_close_blocks_at_once_do_not_meet():
     assert errors == []
     assert not _active
     assert "forward" not in vars(shared[0])
+
+
+def test_the_copy_of_a_parametrized_module_is_not_read():
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))  # it copies all it has
+    model, x = nn.Sequential(module), torch.rand(2, 4)
+    with torch.no_grad(), tap(model, "0") as taps:
+        clone = copy.deepcopy(model)
+        again = copy.deepcopy(clone)
+        assert torch.equal(clone(x), model(x))
+        assert torch.equal(again(x), model(x))
+    assert len(taps["0"]) == 2
+    assert torch.equal(clone(x), model(x))
