@@ -10,8 +10,9 @@ demo: .venv/ready
 	$(BIN)/headplug compare --data digits --backbone test_resnet --epochs 15 --batch-size 128 --ae-epochs 30 \
 		--heads simclr,ae_embedding,reweighting --out runs/demo
 
+# A file's tests stay in one process; each process computes on one thread.
 test: .venv/ready .solo/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The tests that need a clone of solo-learn main: git clone https://github.com/vturrisi/solo-learn
 test-solo-main: .venv/ready .solo/ready
