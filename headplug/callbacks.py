@@ -1,25 +1,29 @@
 """Swapping a head from a Lightning trainer, and finding it again in the checkpoint.
 
 The callback serves `lightning.pytorch` and `pytorch_lightning` alike: it derives from the Callback
-of whichever is loaded, because a trainer calls all hooks of its own kind.
+of whichever is loaded, because a trainer calls all hooks of its own kind. What a trainer asks the
+callbacks too late, or not at all (`save_weights_only=True`), goes through hooks of the module.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
-from headplug.errors import CheckpointError, HeadplugError
+from headplug.errors import CheckpointError, HeadplugError, SlotError, UnknownNameError
 from headplug.hosts.modules import submodule
-from headplug.swap import Swap, swap_head
+from headplug.hosts.twins import equal
+from headplug.swap import Swap, ensure_head, restore_heads
 from headplug.swap.plan import plan_swap
+from headplug.swap.records import KEY, misfit, recorded, records, refuse_unrecorded, unlike
 
-KEY = "headplug"
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 
 
@@ -36,7 +40,8 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
     """Swaps the head of the model before its optimiser is built, and records it in checkpoints.
 
     A model that has that head already is left as it is, so that one trainer may fit, validate and
-    test, and another may go on. A checkpoint of another head is refused in one sentence.
+    test, and another may go on. A checkpoint of another head is refused in one sentence. Callbacks
+    that copy the model (averages of weights) go behind it.
 
     Args:
         head: As in `headplug.swap_head`.
@@ -45,6 +50,8 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
 
     Raises:
         HeadplugError: When the trainer starts: what `swap_head` refuses.
+        SlotError: When the trainer starts: an earlier callback has copied the model, or swapped
+            that head.
         CheckpointError: When the trainer resumes: the checkpoint has another head.
 
     >>> callbacks = [HeadSwap("simclr_plain", hidden_dim=64)]
@@ -60,31 +67,25 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Swaps now, or right after the module's own `configure_model` if that makes the head."""
-        configure, load = pl_module.configure_model, pl_module.on_load_checkpoint
-
-        def configure_model() -> None:
-            configure()
-            self._apply(pl_module)
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._check(trainer, checkpoint)
-            load(checkpoint)
-
-        pl_module.configure_model = configure_model
-        pl_module.on_load_checkpoint = on_load_checkpoint
+        with suppress(SlotError, UnknownNameError):  # the same comes again if it is not made later
+            self._apply(trainer, pl_module)
+        _add(pl_module, "configure_model", after=partial(self._apply, trainer, pl_module))
+        _add(pl_module, "on_load_checkpoint", before=partial(_check, pl_module))
+        if not isinstance(vars(pl_module).get("on_save_checkpoint"), _Hook):  # it stays
+            _add(pl_module, "on_save_checkpoint", after=partial(_record, pl_module))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leaves the module's own methods as they were."""
+        """Leaves the module's own methods as they were, but for the record of its head."""
         for name in ("configure_model", "on_load_checkpoint"):
             vars(pl_module).pop(name, None)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds `{"head": config, "slot": path, "twin": path}` to the list under "headplug"."""
-        checkpoint[KEY] = _records(checkpoint) + self._record()
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leaves the module's own methods as they were."""
+        self.teardown(trainer, pl_module, "")
 
     @staticmethod
     def load_from_checkpoint(model_class: Any, path: Any, **arguments: Any) -> Any:
-        """`model_class.load_from_checkpoint`, with the head that the checkpoint was saved with.
+        """`model_class.load_from_checkpoint`, with the heads that the checkpoint was saved with.
 
         Args:
             model_class: A LightningModule's class.
@@ -92,15 +93,17 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
             arguments: What `model_class.load_from_checkpoint` takes besides.
 
         Raises:
+            CheckpointError: The head cannot be built again, or is not the model's and not recorded.
             HeadplugError: The recorded head does not fit the model.
         """
+        if getattr(model_class, "restores_heads", False):  # a host that does all this itself
+            return model_class.load_from_checkpoint(path, **arguments)
         own = vars(model_class).get("on_load_checkpoint")
         load = model_class.on_load_checkpoint
 
         def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-            for record in _records(checkpoint):
-                twin = record.get("twin", "auto")
-                swap_head(self, record["head"], slot=record.get("slot"), twin=twin)
+            if not restore_heads(self, checkpoint) and arguments.get("strict") is not False:
+                refuse_unrecorded(self, checkpoint["state_dict"])
             load(self, checkpoint)
 
         model_class.on_load_checkpoint = on_load_checkpoint
@@ -112,50 +115,86 @@ class HeadSwap(*_bases()):  # type: ignore[misc]
             else:
                 model_class.on_load_checkpoint = own
 
-    def _apply(self, pl_module: nn.Module) -> None:
+    def _apply(self, trainer: Any, pl_module: nn.Module) -> None:
         if self.swap is not None and _at(pl_module, self.swap) is self.swap.head:
             return
         plan = plan_swap(pl_module, self.head, self.slot, **self.options)
-        present = submodule(pl_module, plan.slot.path)
-        if getattr(present, "config", None) == plan.report.new:
-            twin = plan.slot.twin and submodule(pl_module, plan.slot.twin)
-            self.swap = Swap(plan.report, present, twin or None)
-        else:
-            plan.carry_out()
-            self.swap = Swap(plan.report, plan.head, plan.twin, plan)
+        if not plan.done:
+            self._refuse_late(trainer, pl_module, plan.slot.path)
+        self.swap = ensure_head(plan)
 
-    def _record(self) -> list[dict[str, Any]]:
-        if self.swap is None:
-            return []
-        report = self.swap.report
-        return [{"head": dict(report.new), "slot": report.slot.path, "twin": report.slot.twin}]
+    def _refuse_late(self, trainer: Any, pl_module: nn.Module, path: str) -> None:
+        """Refuses what another callback would silently go on with, or undo."""
+        for other in trainer.callbacks:
+            if isinstance(other, HeadSwap) and other is not self and other.swap is not None:
+                if submodule(pl_module, path) is other.swap.head:
+                    raise SlotError(f"two HeadSwap callbacks swap {path!r}; leave one of them out.")
+                continue
+            held = [
+                m for v in vars(other).values() if isinstance(v, nn.Module) for m in v.modules()
+            ]
+            copies = [m for m in held if type(m) is type(pl_module) and m is not pl_module]
+            if any(equal(submodule(m, path), submodule(pl_module, path)) for m in copies):
+                name = type(other).__name__
+                raise SlotError(
+                    f"{name} has copied the model already, with the head that is to go. Put "
+                    f"HeadSwap first: callbacks=[HeadSwap(...), {name}(...)]."
+                )
 
-    def _check(self, trainer: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint of another head, before Lightning lists its keys."""
-        here = [r for c in trainer.callbacks if isinstance(c, HeadSwap) for r in c._record()]
-        there = _records(checkpoint)
-        if {r["slot"]: r for r in here} != {r.get("slot"): r for r in there}:
-            saved = f"with {_words(there)}" if there else "without HeadSwap"
-            advice = "Ask for the same head" if there else "Resume without the callback"
-            raise CheckpointError(
-                f"the checkpoint was saved {saved}, this run has {_words(here)}. {advice}, or "
-                "start anew."
-            )
+
+class _Hook:
+    """A method of a module with more done; a copy of the module, or a pickle, has it alone."""
+
+    def __init__(self, own: Callable[..., Any], *steps: Callable[..., Any]) -> None:
+        self.own = own
+        self.steps = steps
+
+    def __call__(self, *given: Any) -> None:
+        for step in self.steps:
+            step(*given)
+
+    __code__ = __call__.__code__  # by which Lightning tells that a method is not its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (self.own,)
+
+
+def _add(
+    module: Any,
+    name: str,
+    before: Callable[..., None] | None = None,
+    after: Callable[..., None] | None = None,
+) -> None:
+    own = getattr(module, name, None)
+    if own is not None:  # Lightning 1 has no `configure_model`
+        setattr(module, name, _Hook(own, *filter(None, (before, own, after))))
+
+
+def _record(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    checkpoint[KEY] = records(pl_module)
+
+
+def _check(pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of another head, before Lightning lists its keys."""
+    here, there = records(pl_module), recorded(checkpoint)
+    if not there and not misfit(pl_module, checkpoint["state_dict"], [r["slot"] for r in here]):
+        return
+    if unlike(there, here):
+        saved = f"with {_words(there)}" if there else "without HeadSwap"
+        advice = "Ask for the same head" if there else "Resume without the callback"
+        raise CheckpointError(
+            f"the checkpoint was saved {saved}, this run has {_words(here)}. {advice}, or "
+            "start anew."
+        )
 
 
 def _at(model: nn.Module, swap: Swap) -> nn.Module:
     return submodule(model, swap.report.slot.path)
 
 
-def _records(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The swaps that a checkpoint tells of; solo-learn's tell of one."""
-    found = checkpoint.get(KEY, [])
-    return [dict(found)] if isinstance(found, Mapping) else list(found)
-
-
-def _words(records: Sequence[Mapping[str, Any]]) -> str:
+def _words(found: Sequence[Mapping[str, Any]]) -> str:
     return " and ".join(
         f"the head {r['head']} at {r.get('slot')!r}"
         + (f", EMA twin {r['twin']!r}" if r.get("twin") else "")
-        for r in records
+        for r in found
     )

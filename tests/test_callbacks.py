@@ -17,7 +17,7 @@ from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import nn
 
-from headplug import AEEmbeddingHead
+from headplug import AEEmbeddingHead, swap_head
 from headplug.callbacks import HeadSwap
 from headplug.errors import CheckpointError, SlotError
 
@@ -62,9 +62,10 @@ def module(pl: Any, late: bool = False) -> Any:
 
 
 def trainer(pl: Any, *callbacks: Any, **options: Any) -> Any:
+    options = {"max_epochs": 1, "enable_checkpointing": False, **options}
     return pl.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, callbacks=list(callbacks), **{"max_epochs": 1, **options},
+        callbacks=list(callbacks), **options,
     )  # fmt: skip
 
 
@@ -280,3 +281,105 @@ print(type(model.projection_head).__name__)
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.stdout.split()[-1:] == ["MLPHead"], done.stderr[-2000:]
+
+
+def saved_in_training(pl: Any, folder: Path, cls: Any, *callbacks: Any, **options: Any) -> Path:
+    keep = pl.callbacks.ModelCheckpoint(folder, save_last=True, **options)
+    trainer(pl, keep, *callbacks, enable_checkpointing=True).fit(cls(), DATA)
+    return folder / "last.ckpt"
+
+
+def test_a_checkpoint_of_weights_alone_has_the_record(pl: Any, tmp_path: Path) -> None:
+    cls = module(pl)
+    swap = HeadSwap("simclr_plain")
+    path = saved_in_training(pl, tmp_path, cls, swap, save_weights_only=True)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    loaded = HeadSwap.load_from_checkpoint(cls, path).state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[k], state[k]) for k in state)
+    trainer(pl, HeadSwap("simclr_plain")).validate(cls(), DATA, ckpt_path=path, verbose=False)
+    after = trainer(pl, HeadSwap("simclr_plain"))
+    after.fit(cls(), DATA)
+    after.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    records = [
+        torch.load(p, weights_only=True)["headplug"] for p in (path, tmp_path / "after.ckpt")
+    ]
+    assert records[0] == records[1]
+
+
+def test_without_a_record_the_weights_decide(pl: Any, tmp_path: Path) -> None:
+    cls, path = module(pl), tmp_path / "last.ckpt"
+
+    class Swapped(cls):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            swap_head(self, "simclr_plain")
+
+    fitted = trainer(pl)
+    fitted.fit(Swapped(), DATA)
+    fitted.save_checkpoint(path)
+    assert "headplug" not in torch.load(path, weights_only=True)
+    trainer(pl, HeadSwap("simclr_plain")).validate(cls(), DATA, ckpt_path=path, verbose=False)
+    with pytest.raises(CheckpointError, match="no record of it: 'projection_head"):
+        HeadSwap.load_from_checkpoint(cls, path)
+
+
+def test_the_record_is_of_the_head_that_is_there(pl: Any, tmp_path: Path) -> None:
+    model, path = module(pl)(), tmp_path / "last.ckpt"
+    fitted = trainer(pl, HeadSwap("identity"))
+    fitted.fit(model, DATA)
+    swap_head(model, "reweighting", optimizer=model.optimizers())
+    fitted.save_checkpoint(path)
+    loaded = HeadSwap.load_from_checkpoint(module(pl), path)
+    assert loaded.projection_head.name == "reweighting"
+
+
+def test_averages_of_weights_take_the_new_head(pl: Any) -> None:
+    cls = module(pl)
+    swa = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+    late = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+    model = cls()
+    trainer(pl, HeadSwap("simclr_plain"), swa, max_epochs=3).fit(model, DATA)
+    assert type(model.projection_head).__name__ == "MLPHead"
+    model = cls()
+    with pytest.raises(SlotError, match=r"StochasticWeightAveraging.*Put HeadSwap first"):
+        trainer(pl, late, HeadSwap("simclr_plain"), max_epochs=3).fit(model, DATA)
+    assert isinstance(model.projection_head, BYOLProjectionHead)
+    for average in (pl.callbacks.EMAWeightAveraging, pl.callbacks.WeightAveraging):
+        trainer(pl, HeadSwap("simclr_plain"), average()).fit(cls(), DATA)
+        with pytest.raises(SlotError, match="Put HeadSwap first"):
+            trainer(pl, average(), HeadSwap("simclr_plain")).fit(cls(), DATA)
+
+
+def test_the_module_can_be_pickled_in_training_and_is_clean_after_an_error(tmp_path: Path) -> None:
+    class Boom(lightning.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            torch.save(pl_module, tmp_path / "module.pt")
+            copied = copy.deepcopy(pl_module)
+            assert copied.on_save_checkpoint.func.__self__ is copied
+            raise ValueError("boom")
+
+    model = PICKLED()
+    with pytest.raises(ValueError, match="boom"):
+        trainer(lightning, HeadSwap("simclr_plain"), Boom()).fit(model, DATA)
+    assert not {"configure_model", "on_load_checkpoint"} & vars(model).keys()
+    again = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert type(again.projection_head) is type(model.projection_head)
+    again.on_save_checkpoint({})
+
+
+PICKLED = module(lightning)
+PICKLED.__qualname__ = "PICKLED"
+
+
+def test_a_head_built_by_hand_is_named_when_it_cannot_be_loaded(pl: Any, tmp_path: Path) -> None:
+    built = nn.Sequential(nn.Linear(H, 4), nn.ReLU(), nn.Linear(4, Z))
+    path = saved_in_training(pl, tmp_path, module(pl), HeadSwap(built))
+    with pytest.raises(CheckpointError, match=r"a Sequential built by hand.*register_head\(\)"):
+        HeadSwap.load_from_checkpoint(module(pl), path)
+
+
+def test_two_callbacks_for_one_head_are_refused(pl: Any) -> None:
+    swaps = [HeadSwap("simclr_plain"), HeadSwap("byol")]
+    with pytest.raises(SlotError, match="two HeadSwap callbacks swap 'projection_head'"):
+        trainer(pl, *swaps).fit(module(pl)(), DATA)

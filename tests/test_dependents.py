@@ -674,3 +674,51 @@ def test_nothing_outside_changes_where_the_width_does_not() -> None:
         done = swap(model_with(), OLD, outside=bank)
     assert vars(bank) is content
     assert (done.report.rebuilt, done.report.notes) == ((), ())
+
+
+def test_what_may_belong_to_either_of_two_heads_is_asked_for() -> None:
+    from lightly.loss import NTXentLoss
+
+    def model() -> nn.Module:
+        heads = {name: nn.Linear(H, OLD) for name in ("head_g", "head_l")}
+        losses = {name: NTXentLoss(memory_bank_size=(4, OLD)) for name in ("loss1", "loss2")}
+        return nn.ModuleDict({"backbone": nn.Linear(B, H), **heads, **losses})
+
+    def swapped(model: nn.Module, **arguments: Any) -> Any:
+        projectors = nn.ModuleDict(
+            {"projector": model["head_g"], "projection_head": model["head_l"]}
+        )
+        whole = nn.ModuleDict({**projectors, **{k: model[k] for k in ("loss1", "loss2")}})
+        return whole, swap_head(
+            whole, "simclr_plain", slot="projection_head", twin=None, output_dim=NEW, **arguments
+        )
+
+    parts = model()
+    with pytest.raises(
+        DimensionError, match=r"loss1\.memory_bank .*'projection_head' or for 'proj"
+    ):
+        swapped(parts)
+    assert [parts[k].memory_bank.size[1] for k in ("loss1", "loss2")] == [OLD, OLD]
+    whole, swap = swapped(parts, outside=[parts["loss2"]])
+    assert [whole[k].memory_bank.size[1] for k in ("loss1", "loss2")] == [OLD, NEW]
+    assert "outside" not in str(swap.report)
+
+
+def test_a_report_has_no_warning_where_all_has_followed() -> None:
+    model = model_with(predictor=chain(OLD, 4, OLD))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not swap(model).report.notes
+    (note,) = swap(model_with()).report.notes
+    assert "fails at the first batch" in note
+
+
+def test_another_model_with_a_head_of_its_own_is_not_named() -> None:
+    from lightly.models.modules import BYOLPredictionHead
+
+    other = model_with(prediction_head=BYOLPredictionHead(OLD, 4, OLD))
+    other.projector = chain(H, 4, OLD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        swap(model_with())
+    assert other.projector

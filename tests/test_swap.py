@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from headplug.errors import (
 )
 from headplug.heads import HEADS
 from headplug.hosts import Dependent, HeadSlot
+from headplug.swap.records import records
 
 B, H, Z = 6, 16, 8  # backbone input, representation, projection
 
@@ -813,8 +815,9 @@ def test_the_report_says_what_was_done_and_goes_through_json() -> None:
     assert "EMA twin: momentum_projector" in text
     data = json.loads(json.dumps(report.as_dict()))
     assert data["slot"]["dependents"] == [
-        {"path": "predictor", "kind": "prediction", "width": 8, "twin": None, "limit": None}
-    ]
+        {"path": "predictor", "kind": "prediction", "width": 8, "twin": None, "limit": None,
+         "rivals": []}
+    ]  # fmt: skip
     assert data["trainable"] == [old, 4 * Z + Z]
     assert data["frozen"] == [0, H * 4 + 4]  # fixed weights; running statistics are none
     assert create_head(data["new"]).config == data["new"]
@@ -1063,3 +1066,72 @@ def test_weights_of_a_whole_model_are_taken_from_the_place_that_is_named() -> No
         swap = swap_head(new, "simclr_plain", slot=slot, twin=None, **options)
         ours, theirs = swap.head.state_dict().values(), trained[slot].state_dict().values()
         assert all(map(torch.equal, ours, theirs))
+
+
+def test_an_ema_copy_in_the_script_is_not_left_behind() -> None:
+    student = simclr()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    before = Photograph(student)
+    for outside in ([teacher], teacher.projector):
+        with pytest.raises(SlotError, match=r"copy of 'projector'.*nn\.ModuleDict"):
+            swap_head(student, "simclr_plain", outside=outside)
+        before.compare()
+    with pytest.warns(UserWarning, match="EMA copy of 'projector' outside the model"):
+        report = swap_head(student, "simclr_plain", dry_run=True).report
+    assert "EMA copy" in str(report)
+    both = nn.ModuleDict({"model": student, "ema": teacher})
+    swap = swap_head(both, "simclr_plain")
+    assert swap.report.twin_paths == ("ema.projector",)
+    assert type(teacher.projector) is type(student.projector)
+
+
+def test_a_model_inside_a_data_parallel_wrapper_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        model = simclr()
+        wrapper = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(SlotError, match="already wrapped in DistributedDataParallel"):
+            swap_head(model, "simclr_plain")
+        del wrapper
+        swap_head(model, "simclr_plain")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": "byol", "head": nn.Linear(2, 2)}, "the model comes first, not 'byol'"),
+        ({"head": nn.Linear}, "a head is a name"),
+        ({"outside": None}, "outside takes modules .* not None"),
+        ({"outside": "criterion"}, "outside takes modules .* not 'criterion'"),
+        ({"outside": [nn.Linear]}, "outside takes modules"),
+        ({"optimizer": "adam"}, "optimizer is one optimiser .* not 'adam'"),
+        ({"optimizer": [torch.optim.SGD([torch.zeros(1)], lr=1)]}, "pass the one that trains"),
+        ({"slot": nn.Linear(2, 2)}, "slot is the path of the head, not Linear"),
+        ({"twin": nn.Linear(2, 2)}, "twin is the path of the EMA copy, or None, not Linear"),
+        ({"model": create_head("byol", input_dim=4)}, "is a head itself"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(arguments: dict[str, Any], words: str) -> None:
+    given = {"model": simclr(), "head": "simclr_plain", **arguments}
+    with pytest.raises(OptionError, match=words):
+        swap_head(**given)
+
+
+def test_the_heads_that_are_there_are_recorded() -> None:
+    model = byol()
+    first = swap_head(model, "simclr_plain")
+    whole = nn.ModuleDict({"model": model})
+    (record,) = records(whole)
+    assert (record["slot"], record["twin"]) == ("model.projector", "model.momentum_projector")
+    assert record["head"] == first.head.config
+    second = swap_head(model, "reweighting")
+    assert [r["head"]["name"] for r in records(model)] == ["reweighting"]
+    second.restore()
+    assert [r["head"]["name"] for r in records(model)] == ["simclr_plain"]
+    assert records(copy.deepcopy(model)) == records(model)
+    first.restore()
+    assert records(model) == []

@@ -19,8 +19,8 @@ from typing import Any
 from headplug.checkpoints import read_embedding
 from headplug.errors import HeadplugError, OptionError, unknown
 from headplug.heads import AEEmbeddingHead, describe_head, list_heads
+from headplug.swap.records import KEY
 
-KEY = "headplug"
 KEYS = ("head", "slot", "weights_sha256")
 ENVIRONMENT = "HEADPLUG_SOLO"  # the block as JSON, where a script has no config to hold it
 EXAMPLE = "headplug: {head: {name: ae_embedding, weights: ae.safetensors}}"
@@ -95,19 +95,6 @@ def record(block: Block, head: Mapping[str, Any], slot: str) -> Block:
             f"the config of the head {head.get('name')!r} cannot be written to args.json: {error}."
         ) from None
     return whole
-
-
-def differences(one: Block, other: Block) -> list[str]:
-    """The options in which two recorded heads differ; where their weights lay does not count.
-
-    >>> head = {"name": "reweighting", "kappa": 1.05}
-    >>> differences({"head": head}, {"head": {**head, "kappa": 1.2}})
-    ['kappa: 1.05 and 1.2']
-    """
-    rows = [{**b.get("head", {}), **{k: b.get(k) for k in KEYS[1:]}} for b in (one, other)]
-    names = [k for k in dict.fromkeys([*rows[0], *rows[1]]) if k != "weights"]
-    pairs = {k: (rows[0].get(k), rows[1].get(k)) for k in names}
-    return [f"{k}: {a!r} and {b!r}" for k, (a, b) in pairs.items() if a != b]
 
 
 def merged(block: Block, other: Block) -> Block:

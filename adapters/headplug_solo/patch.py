@@ -17,17 +17,19 @@ from typing import Any
 
 from headplug.errors import CheckpointError, HeadplugError
 from headplug.hosts import slot_at
-from headplug.swap import swap_head
-from headplug_solo.config import (
-    EXAMPLE,
+from headplug.hosts.modules import submodule
+from headplug.swap import Swap, restore_heads, swap_head
+from headplug.swap.records import (
     KEY,
-    Block,
-    differences,
-    hydra_config,
-    merged,
-    read_block,
-    record,
+    Record,
+    mark,
+    misfit,
+    recorded,
+    records,
+    refuse_unrecorded,
+    unlike,
 )
+from headplug_solo.config import EXAMPLE, Block, hydra_config, merged, read_block, record
 
 KNN = (
     "solo-learn's kNN classifier does not run on torchmetrics 0.12 or newer, with or without "
@@ -45,11 +47,11 @@ def arm() -> None:
 
     Subclasses, whenever they are defined, do so too. `solo.methods` must have been imported.
     """
-    methods = sys.modules["solo.methods"].METHODS.values()
-    for root in {_root(cls) for cls in methods}:
+    if not (found := roots()):
+        return
+    for root in found:
         if "__new__" not in vars(root):
             _arm_root(root)
-
     from solo.utils import auto_resumer, checkpointer
 
     if KEY not in auto_resumer.AutoResumer.SHOULD_MATCH:
@@ -76,9 +78,13 @@ def _arm_arguments(auto_resumer: Any, checkpointer: Any) -> None:
     checkpointer.save_args = save_args
 
 
-def _root(cls: type) -> type:
-    """solo-learn's own base of a method: `BaseMethod` or `LinearModel`."""
-    return next(c for c in reversed(cls.__mro__) if c.__module__.startswith("solo."))
+def roots() -> set[type]:
+    """solo-learn's own bases of its methods; none where another package is called `solo`."""
+    methods = getattr(sys.modules["solo.methods"], "METHODS", None)
+    found = methods.values() if isinstance(methods, Mapping) else ()
+    classes = [c for c in found if isinstance(c, type) and hasattr(c, "load_from_checkpoint")]
+    lines = [[b for b in c.__mro__ if b.__module__.startswith("solo.")] for c in classes]
+    return {line[-1] for line in lines if line}
 
 
 def _arm_root(root: Any) -> None:
@@ -97,6 +103,7 @@ def _arm_root(root: Any) -> None:
 
     root.__new__ = new
     root.load_from_checkpoint = classmethod(load_from_checkpoint)
+    root.restores_heads = True  # `headplug.callbacks.HeadSwap` need not
 
 
 def _adopt(cls: Any) -> None:
@@ -119,8 +126,8 @@ def _adopt(cls: Any) -> None:
     @functools.wraps(save)
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         save(self, checkpoint)
-        if KEY in vars(self):
-            checkpoint[KEY] = self.headplug
+        if found := records(self):
+            checkpoint[KEY] = found
 
     @functools.wraps(load)
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
@@ -154,16 +161,22 @@ def _swap_configured(model: Any, config: Any) -> None:
 
 
 def _swap(model: Any, block: Block, config: Any) -> None:
-    loaded = ("weights",) if _loading.get() else ()  # the checkpoint brings them
-    head = {k: v for k, v in block["head"].items() if k not in loaded}
-    swap = swap_head(model, head, slot=block.get("slot"))
-    if not _loading.get() and not getattr(swap.head, "pretrained", True):
+    swap = swap_head(model, block["head"], slot=block.get("slot"))
+    if not getattr(swap.head, "pretrained", True):
         width, out = swap.head.input_dim, swap.head.embedding_dim
         raise HeadplugError(
             "this ae_embedding head has no pretrained embedding layer and will not train. "
             f"Pretrain one: `headplug pretrain-ae --data DATA --hidden-dim {width} --latent-dim "
             f"{out} --out ae.safetensors`, then add headplug.head.weights=ae.safetensors."
         )
+    if "weights_sha256" in block:
+        there = submodule(model, swap.report.slot.path)
+        mark(there, weights_sha256=block["weights_sha256"])
+    _tell(model, swap, block, config)
+
+
+def _tell(model: Any, swap: Swap, block: Block, config: Any) -> None:
+    """Leaves what the run has in args.json, and prints it."""
     model.headplug = record(block, swap.report.new, swap.report.slot.path)
     if config is not None:
         _write(config, model.headplug)
@@ -189,49 +202,58 @@ def _say(what: object) -> None:
 
 
 def _check_checkpoint(model: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Refuses to mix the weights of different heads; makes the head that a loaded model lacks."""
-    theirs, config = checkpoint.get(KEY), getattr(model, "cfg", None)
-    asked: Any = read_block(config, loading=True) if _loading.get() else vars(model).get(KEY)
-    if theirs is None and asked is None:
-        return
-    if theirs is None:
+    """Refuses to mix the weights of different heads; makes the heads that a loaded model lacks."""
+    there, state = recorded(checkpoint), checkpoint["state_dict"]
+    config = getattr(model, "cfg", None)
+    here = _asked(config, there) if _loading.get() else records(model)
+    if here and not there:
         raise CheckpointError(
-            f"the checkpoint has solo-learn's own head, this run asks for {asked['head']['name']!r}"
-            ". Take the block `headplug:` out, or start from another checkpoint."
+            f"the checkpoint has solo-learn's own head, this run asks for {_name(here[0])!r}. "
+            "Take the block `headplug:` out, or start from another checkpoint."
         )
-    if asked is None and not _loading.get():
+    if there and not here:
         raise CheckpointError(
-            f"the checkpoint has the head {theirs['head']['name']!r}, this run asks for none. Add "
+            f"the checkpoint has the head {_name(there[0])!r}, this run asks for none. Add "
             f"the block `headplug:` that its args.json shows, e.g. {EXAMPLE}."
         )
-    if _loading.get():  # what is asked for may leave options out
-        asked = merged(theirs, asked or {})
-    if unlike := differences(theirs, asked):
+    if words := unlike(there, here):
         raise CheckpointError(
             "the checkpoint has another head than this run asks for (there and here): "
-            f"{'; '.join(unlike)}. Ask for the same head, or start from another checkpoint."
+            f"{'; '.join(words)}. Ask for the same head, or start from another checkpoint."
         )
     if _loading.get():
-        _swap(model, theirs, config)
-    _check_weights(model, checkpoint["state_dict"], theirs["slot"])
+        blocks = {r["slot"]: r for r in there}
+        for swap in restore_heads(model, checkpoint):
+            _tell(model, swap, blocks[swap.report.slot.path], config)
+        if not there:
+            refuse_unrecorded(model, state)
+    for head in there:
+        _check_weights(model, state, head["slot"])
+
+
+def _asked(config: Any, there: list[Record]) -> list[Record]:
+    """What a script that loads a checkpoint asks for; the checkpoint tells what it leaves out."""
+    block = read_block(config, loading=True)
+    if block is None:
+        return there
+    place = block.get("slot")
+    known = next((r for r in there if place in (None, r["slot"])), {})
+    return [merged(known, block), *(r for r in there if r is not known)]
+
+
+def _name(head: Record) -> str:
+    return str(head["head"].get("name") or head["head"].get("class"))
 
 
 def _check_weights(model: Any, state: Mapping[str, Any], slot: str) -> None:
     """solo-learn loads with `strict=False`, which would leave a head random and say nothing."""
     place = slot_at(model, slot)
     paths = [place.path, place.twin, *(p for d in place.dependents for p in (d.path, d.twin))]
-    for path in filter(None, paths):
-        ours, found = (
-            {k: tuple(v.shape) for k, v in of.items() if k == path or k.startswith(f"{path}.")}
-            for of in (model.state_dict(), state)
+    if reason := misfit(model, state, paths):
+        raise CheckpointError(
+            f"the checkpoint does not hold the weights that go with its head: {reason}. Load the "
+            "checkpoint that the run wrote, unchanged."
         )
-        if ours != found:
-            key = min(k for k in {*ours, *found} if ours.get(k) != found.get(k))
-            raise CheckpointError(
-                f"the checkpoint does not hold the weights at {path!r} that go with its head: "
-                f"{key!r} has shape {found.get(key)}, the model's {ours.get(key)}. Load the "
-                "checkpoint that the run wrote, unchanged."
-            )
 
 
 def _check_knn() -> None:

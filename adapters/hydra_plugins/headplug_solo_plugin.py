@@ -28,9 +28,11 @@ class HeadplugSearchPathPlugin(SearchPathPlugin):
         """Called once per application, before its config is read; leaves the search path alone."""
         if METHODS in sys.modules:
             from headplug_solo.config import offer
+            from headplug_solo.patch import roots
 
-            offer()
-            _watch()
+            if roots():
+                offer()
+                _watch()
 
 
 class _Watcher(MetaPathFinder):

@@ -27,6 +27,7 @@ class Dependent:
         width: The width of the projection that it is made for.
         twin: Path of its EMA copy, if it has one.
         limit: The largest width that it can be made for, if there is one.
+        rivals: Other heads of that width which it may belong to as well; the user has to say.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Dependent:
     width: int
     twin: str | None = None
     limit: int | None = None
+    rivals: tuple[str, ...] = ()
 
 
 def find_dependents(
@@ -55,7 +57,11 @@ def find_dependents(
     own = dims(submodule(model, path))
     rivals = _rivals(model, path, roles, copies)
     found = {
-        d.path: replace(d, twin=_copy_of(model, d, roles))
+        d.path: replace(
+            d,
+            twin=_copy_of(model, d, roles),
+            rivals=tuple(p for p in rivals if _unclear(d, path, p)),
+        )
         for d in _behind(model, path, roles, width_of)
         if own and d.width == own[1] and not any(_nearer(d.path, p, path) for p in rivals)
     }
@@ -84,6 +90,12 @@ def _nearer(path: str, other: str, head: str) -> bool:
     """
     words, others, own = (set(re.split(r"[._]", p.lower())) for p in (path, other, head))
     return len(words & (others - own)) > len(words & (own - others))
+
+
+def _unclear(dependent: Dependent, path: str, other: str) -> bool:
+    """Whether nothing tells which of two heads it is made for; its place in a chain does."""
+    beside = dependent.kind != "next layer"
+    return beside and not _nearer(dependent.path, path, other)
 
 
 def _copy_of(model: nn.Module, dependent: Dependent, roles: Mapping[str, str]) -> str | None:

@@ -59,7 +59,7 @@ def find_twin(
     alike = _alike(model, path)
     copies = [p for p, m in alike.items() if is_twin(m) or (_trains(head) and not _trains(m))]
     rivals = any(p in heads for p in alike if p not in copies)
-    signs = {p: (_equal(head, m), *_named_alike(path, p)) for p, m in alike.items()}
+    signs = {p: (equal(head, m), *_named_alike(path, p)) for p, m in alike.items()}
     known = {p: (*signs[p], p in heads and not rivals) for p in copies}
     best = max(known.values(), default=())
     if any(best):
@@ -82,6 +82,22 @@ def find_original(model: nn.Module, path: str) -> str | None:
         if twin and submodule(model, twin) is module:
             return other
     return None
+
+
+def copies_of(head: nn.Module, root: nn.Module) -> dict[str, nn.Module]:
+    """What may be a head's EMA copy in another model: alike, and frozen or of equal values.
+
+    >>> head = nn.Linear(8, 4)
+    >>> list(copies_of(head, nn.ModuleDict({"a": copy.deepcopy(head), "b": nn.Linear(8, 4)})))
+    ['a']
+    """
+    own = _shapes(head)
+    return {
+        path: module
+        for path, module in root.named_modules()
+        if type(module) is type(head) and module is not head and own and _shapes(module) == own
+        if equal(head, module) or (_trains(head) and not _trains(module))
+    }
 
 
 def build_twin(head: nn.Module) -> nn.Module:
@@ -184,7 +200,7 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _equal(a: nn.Module, b: nn.Module) -> bool:
+def equal(a: nn.Module, b: nn.Module) -> bool:
     """Whether two modules of the same shapes hold the same values."""
     pairs = [(s, t) for s, t in zip(tensors(a), tensors(b), strict=False) if s.numel()]
     return bool(pairs) and all(

@@ -18,11 +18,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from headplug.errors import SlotError
+from headplug.errors import CheckpointError, SlotError
 from headplug.hosts import HeadSlot
+from headplug.hosts.modules import submodule
 from headplug.hosts.twins import ANCHOR, build_twin
-from headplug.swap.groups import alive, holders
-from headplug.swap.plan import Plan, plan_swap, stale
+from headplug.swap.plan import Plan, plan_swap
+from headplug.swap.records import config_of, recorded
 from headplug.swap.report import SwapReport
 
 STALE = (
@@ -120,10 +121,11 @@ def swap_head(
 
     Raises:
         SlotError: No head, several heads, or an unclear twin; or the optimiser was built before;
-            or the training loop uses an attribute that the new head lacks.
+            or the training loop uses an attribute that the new head lacks; or `outside` holds an
+            EMA copy of the head.
         DimensionError: The new head does not fit the backbone, or something that depends on its
             output cannot be made for the new width.
-        UnknownNameError, OptionError: As `create_head` does.
+        UnknownNameError, OptionError: As `create_head` does; or an argument is of a wrong kind.
 
     >>> model = nn.Sequential()
     >>> model.backbone, model.projector = nn.Linear(4, 8), nn.Linear(8, 3)
@@ -137,11 +139,8 @@ def swap_head(
     """
     plan = plan_swap(model, head, slot, twin=twin, optimizer=optimizer, outside=outside, **options)
     report = plan.report
-    groups = optimizer.param_groups if optimizer is not None else None
-    others = [o for o in alive(Optimizer) if o.param_groups is not groups]
-    in_use = optimizer is None and bool(holders(others, model.parameters()))
-    if paths := stale(plan.changes, others, in_use):
-        note = STALE.format(paths=paths)
+    if plan.untrained:
+        note = STALE.format(paths=plan.untrained)
         warnings.warn(note, stacklevel=2)
         report = report.with_note(note)
     swap = Swap(report, plan.head, plan.twin)
@@ -151,4 +150,49 @@ def swap_head(
     return swap
 
 
-__all__ = ["ANCHOR", "Swap", "SwapReport", "build_twin", "swap_head"]
+def ensure_head(plan: Plan) -> Swap:
+    """Carries a plan out, unless the model has an equal head in that place already."""
+    if plan.done:
+        present = [change.old for change in plan.changes[:2]]
+        plan.record(present[0])
+        return Swap(plan.report, present[0], present[1] if plan.slot.twin else None)
+    plan.carry_out()
+    return Swap(plan.report, plan.head, plan.twin, plan)
+
+
+def restore_heads(model: nn.Module, checkpoint: Mapping[str, Any]) -> list[Swap]:
+    """Puts the heads that a checkpoint tells of into a model, which then takes its weights.
+
+    Args:
+        model: The model as it was before its heads were swapped, or with some of them swapped.
+        checkpoint: Of a run with `headplug.callbacks.HeadSwap`, or of solo-learn.
+
+    Raises:
+        CheckpointError: A head was built by hand, so that only its class is known.
+        HeadplugError: What `swap_head` refuses.
+    """
+    swaps = []
+    for record in recorded(checkpoint):
+        head = {k: v for k, v in record["head"].items() if k != "weights"}  # they are in there
+        slot: str | None = record.get("slot")
+        if "name" in head:
+            plan = plan_swap(model, head, slot, twin=record.get("twin", "auto"))
+            swaps.append(ensure_head(plan))
+        elif not slot or config_of(submodule(model, slot)) != head:
+            raise CheckpointError(
+                f"the head at {slot!r} was a {head.get('class')} built by hand, which a checkpoint "
+                "cannot build again. Put it into the model in its __init__; or register the head "
+                "and swap it in by its name: register_head()."
+            )
+    return swaps
+
+
+__all__ = [
+    "ANCHOR",
+    "Swap",
+    "SwapReport",
+    "build_twin",
+    "ensure_head",
+    "restore_heads",
+    "swap_head",
+]

@@ -27,7 +27,7 @@ from headplug.hosts.twins import copy_frozen, detached_copy
 from headplug.swap import layers
 from headplug.swap.changes import Change, InPlace
 from headplug.swap.layers import Unknown
-from headplug.swap.outside import OUTSIDE, SIZES, beside, dependents_outside
+from headplug.swap.outside import OUTSIDE, SIZES, belonging, beside, dependents_outside
 
 TRIED = ("prediction", "prototypes", "next layer", OUTSIDE)  # what maps (batch, width)
 Chain = list[tuple[str, nn.Module]]
@@ -57,7 +57,7 @@ def rebuild_all(
     made: list[Change] = []
     refused = []
     both = beside(model, slot, outside)
-    found = [(model, d) for d in slot.dependents]
+    found = [(model, d) for d in belonging(model, slot, outside)]
     for root, dependent in [*found, *((both, d) for d in dependents_outside(both, slot))]:
         try:
             new = rebuild(root, dependent, width)

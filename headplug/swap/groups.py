@@ -112,9 +112,9 @@ def holders(
     return [g for g in groups if any(id(p) in ids for p in g["params"])]
 
 
-def alive(kind: type[T]) -> list[T]:
-    """Every object of a class, or of one derived from it, in this process."""
-    return [o for o in gc.get_objects() if issubclass(type(o), kind)]
+def alive(*kinds: type[T]) -> list[T]:
+    """Every object of some classes, or of those derived from them, in this process."""
+    return [o for o in gc.get_objects() if issubclass(type(o), kinds)]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -11,15 +11,106 @@ from contextlib import suppress
 
 from torch import Tensor, nn
 
-from headplug.errors import SlotError
+from headplug.errors import DimensionError, OptionError, SlotError
 from headplug.hosts import BEHIND, Dependent, HeadSlot, find_slots, slot_at
-from headplug.hosts.modules import dims, inside, paths_of, submodule, tensors, value_at
+from headplug.hosts.modules import (
+    dims,
+    inside,
+    parent,
+    paths_of,
+    submodule,
+    tensors,
+    value_at,
+)
+from headplug.hosts.twins import copies_of, equal
 from headplug.swap.changes import Change, InPlace
 from headplug.swap.groups import alive
 from headplug.swap.layers import is_layer, norm_width
 
 OUTSIDE = "outside"
+TOGETHER = (
+    "Put both into one model and swap there: "
+    "swap_head(nn.ModuleDict({'model': model, 'ema': copy}), ...)."
+)
+COPIED = "there seems to be an EMA copy of {!r} outside the model, which keeps the old head: {}. "
 SIZES = ("input_dim", "num_features", "size")  # attributes that say the width of what comes in
+
+
+def checked(model: nn.Module, slot: HeadSlot, outside: object) -> list[nn.Module]:
+    """What was passed as `outside`, as a list.
+
+    Raises:
+        OptionError: It is not a module, or a sequence of them.
+        SlotError: It holds an EMA copy of the head, which has to change with the head.
+    """
+    passed = [outside] if isinstance(outside, nn.Module) else outside
+    if not isinstance(passed, Sequence) or not all(isinstance(m, nn.Module) for m in passed):
+        raise OptionError(
+            f"outside takes modules that your script holds, not {shown(outside)}: "
+            "outside=[criterion]."
+        )
+    own = set(model.modules())
+    for module in passed:
+        for path, copy in copies_of(submodule(model, slot.path), module).items():
+            if copy not in own:
+                where = f"the {type(module).__name__} in outside"
+                raise SlotError(
+                    f"{where} {f'has at {path!r}' if path else 'is'} a copy of {slot.path!r}, it "
+                    f"seems its EMA twin, which has to change with the head. {TOGETHER}"
+                )
+    return list(passed)
+
+
+def shown(value: object) -> str:
+    """A value in a few words, for a message: a module or a class has a long repr."""
+    text = repr(value)
+    return text if len(text) < 40 and not isinstance(value, nn.Module) else type(value).__name__
+
+
+def copies_beside(model: nn.Module, slot: HeadSlot, around: Sequence[object]) -> list[str]:
+    """Frozen and equal copies of a head in other models: what an EMA copy is before training."""
+    if slot.twin:
+        return []
+    head, known = submodule(model, slot.path), set(model.modules())
+    return [
+        f"{type(root).__name__}{f' at {path!r}' if path else ''}"
+        for root in _roots(around)
+        if known.isdisjoint(root.modules())
+        for path, copy in copies_of(head, root).items()
+        if equal(head, copy) and not any(p.requires_grad for p in copy.parameters())
+    ]
+
+
+def belonging(
+    model: nn.Module, slot: HeadSlot, outside: Sequence[nn.Module]
+) -> Iterator[Dependent]:
+    """What follows a slot in the model; where heads are rivals for it, what was passed.
+
+    Raises:
+        DimensionError: Nothing tells which of several heads something is made for.
+    """
+    passed = {m for module in outside for m in module.modules()}
+    unclear: dict[str, Dependent] = {}
+    said = False
+    for dependent in slot.dependents:
+        value = value_at(model, dependent.path)
+        module = isinstance(value, nn.Module)
+        holder = dependent.path if module else parent(dependent.path)
+        if dependent.rivals and model.get_submodule(holder) not in passed:
+            unclear[holder] = dependent
+            continue
+        said |= bool(dependent.rivals)
+        yield dependent
+    if unclear and not said:
+        names = ", ".join(f"{d.path} ({d.kind})" for d in unclear.values())
+        rivals = ", ".join(dict.fromkeys(repr(r) for d in unclear.values() for r in d.rivals))
+        pass_it = [
+            f"Pass what belongs to {slot.path!r}: outside=[model.{h}]." for h in unclear if h
+        ]
+        raise DimensionError(
+            f"{names} may be made for {slot.path!r} or for {rivals}, which has the same width "
+            f"{slot.output_dim}. {(pass_it or [''])[0]} Or keep output_dim={slot.output_dim}."
+        )
 
 
 def beside(model: nn.Module, slot: HeadSlot, outside: Sequence[nn.Module]) -> nn.Module:
@@ -74,21 +165,28 @@ def _unknown_in(model: nn.Module, slot: HeadSlot) -> Iterator[str]:
 
 def _alive_beside(model: nn.Module, slot: HeadSlot) -> Iterator[str]:
     known = set(model.modules())
-    everything = alive(nn.Module)
-    parts = {id(p) for m in everything for p in (vars(m).get("_modules") or {}).values()}
-    for change in alive(Change):  # what swaps took out, and keep for `restore`
-        parts |= {id(change.new)} if isinstance(change, InPlace) else {id(change.old)}
-    for root in everything:
-        if id(root) in parts or "_modules" not in vars(root):  # one that is being made
-            continue
+    for root in _roots(alive(nn.Module, Change)):
         for module in _apart(root, known):
             with suppress(SlotError):
-                both = beside(model, slot, [module])
-                if any(inside(s.path, OUTSIDE) and s.role not in BEHIND for s in find_slots(both)):
+                if any(s.role not in BEHIND for s in find_slots(nn.ModuleDict({"it": module}))):
                     continue  # another model, with a head of its own
+                both = beside(model, slot, [module])
                 made = [d for d in _known(both) if _mentions(value_at(both, d.path), d.width)]
                 if made:
                     yield f"{type(module).__name__} ({made[0].kind})"
+
+
+def _roots(around: Sequence[object]) -> Iterator[nn.Module]:
+    """The modules among some objects that are no part of another, and no part of a swap."""
+    everything = [o for o in around if isinstance(o, nn.Module)]
+    parts = {id(p) for m in everything for p in (vars(m).get("_modules") or {}).values()}
+    for change in (
+        o for o in around if isinstance(o, Change)
+    ):  # what swaps took out, and keep for `restore`
+        parts |= {id(change.new)} if isinstance(change, InPlace) else {id(change.old)}
+    for root in everything:
+        if id(root) not in parts and "_modules" in vars(root):  # not one that is being made
+            yield root
 
 
 def _parts(model: nn.Module, slot: HeadSlot) -> set[nn.Module]:

@@ -16,12 +16,13 @@ from headplug.errors import DimensionError, OptionError, SlotError
 from headplug.heads import create_head, describe_head
 from headplug.heads.loading import part_at
 from headplug.hosts import HeadSlot
-from headplug.hosts.modules import dims, tensors
+from headplug.hosts.modules import dims, submodule, tensors
 from headplug.hosts.twins import anchor, copy_frozen
 from headplug.swap.changes import Change, put_all
 from headplug.swap.dependents import rebuild_all, with_tail
-from headplug.swap.groups import Exchange, holders
-from headplug.swap.outside import forgotten
+from headplug.swap.groups import Exchange, alive, holders
+from headplug.swap.outside import COPIED, TOGETHER, checked, copies_beside, forgotten, shown
+from headplug.swap.records import config_of, mark
 from headplug.swap.report import FORGOTTEN, SwapReport, make_report
 from headplug.swap.resolve import resolve
 
@@ -39,6 +40,7 @@ class Plan:
         changes: All that is replaced: the head, its EMA copy, and what follows them.
         exchange: What becomes of the optimiser's groups, if one was passed.
         report: What is changed.
+        untrained: Paths of what no optimiser that exists already will train.
     """
 
     model: nn.Module
@@ -47,11 +49,18 @@ class Plan:
     changes: Sequence[Change]
     exchange: Exchange | None
     report: SwapReport
+    untrained: str = ""
 
     @property
     def twin(self) -> nn.Module | None:
         """The new head's EMA copy, if the slot has one."""
         return self.changes[1].new if self.slot.twin else None
+
+    @property
+    def done(self) -> bool:
+        """Whether the model has an equal head in that place already."""
+        head = self.changes[0]
+        return head.old is head.new or config_of(head.old) == self.report.new
 
     def carry_out(self) -> None:
         """Makes all changes, or none.
@@ -69,8 +78,13 @@ class Plan:
             anchor(self.head)
             anchor(self.twin)
         put_all(self.changes)
+        self.record(self.changes[0].new)
         if self.exchange:
             self.exchange.do()
+
+    def record(self, head: nn.Module) -> None:
+        """Marks a head as the one that this plan is about."""
+        mark(head, head=dict(self.report.new), slot=self.slot.path, twin=self.slot.twin)
 
 
 def plan_swap(
@@ -87,9 +101,11 @@ def plan_swap(
     Raises:
         HeadplugError: What `swap_head` refuses.
     """
+    _check_types(model, head, slot, twin, optimizer)
     place = resolve(model, slot, twin)
-    _refuse_wrapped(model)
-    passed = [outside] if isinstance(outside, nn.Module) else list(outside)
+    around = alive(nn.Module, Optimizer, Change)  # one walk, for all that looks beyond the model
+    _refuse_wrapped(model, place, around)
+    passed = checked(model, place, outside)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         new = _build(head, place, options, named=slot is not None)
         output_dim = _check_dims(new, place)
@@ -102,7 +118,34 @@ def plan_swap(
     if left := forgotten(model, place) if unasked else []:
         warnings.warn(FORGOTTEN.format(place.output_dim, output_dim, ", ".join(left)), stacklevel=3)
     report = make_report(place, new, output_dim, changes, passed, left)
-    return Plan(model, place, new, changes, exchange, report)
+    if copied := copies_beside(model, place, around):
+        note = COPIED.format(place.path, ", ".join(copied)) + TOGETHER
+        warnings.warn(note, stacklevel=3)
+        report = report.with_note(note)
+    others = [o for o in around if isinstance(o, Optimizer)]
+    return Plan(
+        model, place, new, changes, exchange, report, _untrained(model, changes, optimizer, others)
+    )
+
+
+def _check_types(
+    model: object, head: object, slot: object, twin: object, optimizer: object
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"the model comes first, not {shown(model)}: swap_head(model, 'byol').")
+    if not isinstance(head, str | Mapping | nn.Module):
+        raise OptionError(
+            f"a head is a name, a mapping or a module that is built already, not {shown(head)}."
+        )
+    if not isinstance(slot, str | HeadSlot | None):
+        raise OptionError(f"slot is the path of the head, not {shown(slot)}: slot='projector'.")
+    if not isinstance(twin, str | None):
+        raise OptionError(f"twin is the path of the EMA copy, or None, not {shown(twin)}.")
+    if not isinstance(optimizer, Optimizer | None):
+        raise OptionError(
+            f"optimizer is one optimiser that is built already, not {shown(optimizer)}. For "
+            "several, pass the one that trains the head."
+        )
 
 
 def stale(changes: Sequence[Change], others: Sequence[Optimizer], in_use: bool) -> str:
@@ -195,14 +238,31 @@ def _check_optimizers(
     return Exchange(optimizer, [move for c in changes for move in c.moves(ids)])
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    wholes = [getattr(t, "model", None) for t in _trainers(model)]
-    modules = [*model.modules(), *(m for m in wholes if isinstance(m, nn.Module))]
-    for kind in {c.__name__ for m in modules for c in type(m).__mro__}.intersection(WRAPPERS):
+def _untrained(
+    model: nn.Module,
+    changes: Sequence[Change],
+    optimizer: Optimizer | None,
+    everyone: Sequence[Optimizer],
+) -> str:
+    groups = optimizer.param_groups if optimizer is not None else None
+    others = [o for o in everyone if o.param_groups is not groups]
+    in_use = optimizer is None and bool(holders(others, model.parameters()))
+    return stale(changes, others, in_use)
+
+
+def _refuse_wrapped(model: nn.Module, place: HeadSlot, around: Sequence[object]) -> None:
+    head = submodule(model, place.path)
+    wrappers = [m for m in around if isinstance(m, nn.Module) and _wrapper(m)]
+    kinds = {_wrapper(m) for m in (*model.modules(), *(w for w in wrappers if head in w.modules()))}
+    for kind in filter(None, kinds):
         raise SlotError(
             f"the model is already wrapped in {kind}, which keeps its own list of parameters. "
             "Swap the head first, then wrap."
         )
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in WRAPPERS), None)
 
 
 def _trainers(model: nn.Module) -> Iterator[Any]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from headplug.errors import HeadplugError
 from headplug.heads.parameters import count
 from headplug.hosts import HeadSlot
 from headplug.swap.changes import Change
+from headplug.swap.records import config_of
 
 FORGOTTEN = (
     "this seems to be made for {} features, and the projection now has {}: {}. If the loss of this "
@@ -29,7 +28,7 @@ class SwapReport:
         paths: Every path that gets the new head.
         twin_paths: Every path that gets its EMA copy.
         old: The old head's name.
-        new: The new head's config.
+        new: The new head's config; `{"class": name}` if it has none.
         output_dim: Width of the new projection.
         trainable: Trained parameters of the head, before and after.
         frozen: Fixed weights in the head, buffers included, before and after.
@@ -61,7 +60,7 @@ class SwapReport:
         slot = self.slot
         lines = [
             f"{', '.join(self.paths)}: {self.old} ({slot.input_dim} > {slot.output_dim}) becomes "
-            f"{self.new.get('name')} ({slot.input_dim} > {self.output_dim})",
+            f"{self.new.get('name') or self.new['class']} ({slot.input_dim} > {self.output_dim})",
             f"parameters trained: {self.trainable[0]:,} before, {self.trainable[1]:,} after; "
             f"not trained: {self.frozen[0]:,} before, {self.frozen[1]:,} after",
         ]
@@ -98,7 +97,7 @@ def make_report(
         paths=changes[0].paths,
         twin_paths=changes[1].paths if place.twin else (),
         old=str(getattr(old, "name", "") or type(old).__name__),
-        new=_config(new),
+        new=config_of(new),
         output_dim=output_dim,
         trainable=trainable,
         frozen=frozen,
@@ -139,7 +138,7 @@ def _notes_on_width(
         return
     if left:
         yield FORGOTTEN.format(place.output_dim, output_dim, ", ".join(left))
-    elif not place.complete and not outside:
+    elif not (place.complete or outside or follow):
         yield (
             f"the projection changes from {place.output_dim} to {output_dim} features. What your "
             "script holds for the old width (prototypes, a predictor, a loss with a memory bank or "
@@ -170,9 +169,3 @@ def _holds(value: Any, module: nn.Module, depth: int = 3) -> bool:
     if depth and isinstance(value, list | tuple | set):
         return any(_holds(v, module, depth - 1) for v in value)
     return value is module
-
-
-def _config(head: nn.Module) -> dict[str, Any]:
-    with suppress(HeadplugError):  # a class that does not store its options has none
-        return dict(getattr(head, "config", {"name": type(head).__name__}))
-    return {"name": type(head).__name__}

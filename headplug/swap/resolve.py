@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from torch import nn
 
-from headplug.errors import DimensionError, SlotError
+from headplug.errors import DimensionError, OptionError, SlotError
 from headplug.hosts import HeadSlot, find_slots, plain_role, slot_at
 from headplug.hosts.modules import dims, named_modules, submodule
 from headplug.hosts.twins import find_original
@@ -72,6 +73,11 @@ def _only_head(model: nn.Module, twin: str | None) -> HeadSlot:
     for path, module in named_modules(model):
         if plain_role(path, module) == "projection":
             slot_at(model, path)  # says that it has no widths
+    with suppress(SlotError):
+        if any(s.path == "it" for s in find_slots(nn.ModuleDict({"it": model}))):
+            raise OptionError(
+                f"this {type(model).__name__} is a head itself; pass the model that holds it."
+            )
     tops = ", ".join(n for n, _ in model.named_children()) or "none"
     other = f" It has {'; '.join(map(str, slots))}." if slots else ""
     raise SlotError(

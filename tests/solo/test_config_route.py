@@ -65,13 +65,21 @@ def test_the_whole_head_is_in_args_json_and_in_the_checkpoint(work: Any, sweep: 
 
     _, runs = sweep
     (block, other) = (args["headplug"] for args, _ in runs)
-    assert [block, other] == [checkpoint["headplug"] for _, checkpoint in runs]
+    records = [checkpoint["headplug"] for _, checkpoint in runs]
+    assert [[{**b, "twin": None}] for b in (plain(block), plain(other))] == [
+        [plain(r) for r in found] for found in records
+    ]
     assert block["slot"] == "projector"
     assert block["head"].items() >= {
         "name": "ae_embedding", "input_dim": H, "output_dim": O, "embedding_dim": AE,
         "activation": "tanh", "weights": str(work.folder / "ae.pt"),
     }.items()  # fmt: skip
     assert other["head"] == create_head("reweighting", input_dim=H).config
+
+
+def plain(block: dict[str, Any]) -> dict[str, Any]:
+    """A block or record without the file of weights, which the checkpoint replaces."""
+    return {**block, "head": {k: v for k, v in block["head"].items() if k != "weights"}}
 
 
 @needs_main
@@ -243,6 +251,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused(loads: dict[str, Any]) -> Non
 
 @needs_main
 @pytest.mark.slow
+def test_a_swap_in_python_and_the_callback_leave_the_same_record(loads: dict[str, Any]) -> None:
+    assert loads["python"] == ["reweighting", "reweighting"]
+    assert loads["python loaded"] == loads["callback loaded"] == "equal"
+    assert loads["resumed"] == ["", ""]
+    assert loads["mapping"] == "equal"
+    assert "no record of it: 'projector." in loads["python unrecorded"]
+
+
+@needs_main
+@pytest.mark.slow
 def test_a_swap_leaves_backbone_and_random_state_as_they_are(loads: dict[str, Any]) -> None:
     assert loads["same backbone"]
     assert loads["same random state"]
@@ -316,6 +334,34 @@ def test_other_hydra_applications_are_left_alone(work: Any) -> None:
         assert with_plugin.returncode == without.returncode
         assert with_plugin.stdout == without.stdout
     assert with_plugin.stdout.startswith("{'headplug': 'reweighting'} []")  # a word like any other
+
+
+@pytest.mark.parametrize("methods", ["", "METHODS = ['a']", "METHODS = {'a': int}"])
+def test_another_package_called_solo_is_left_alone(work: Any, methods: str) -> None:
+    package = work.folder / "another" / "solo" / "methods"
+    package.mkdir(parents=True, exist_ok=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(f"Y = 1\n{methods}\n")
+    app = package.parents[1] / "app.py"
+    app.write_text(
+        "import hydra, solo.methods\n"
+        "@hydra.main(version_base='1.2')\n"
+        "def main(cfg):\n"
+        "    print(cfg, solo.methods.Y)\n"
+        "main()\n"
+    )
+    done = work.run(str(app), "+headplug=word")
+    assert done.stdout == "{'headplug': 'word'} 1\n", done.stderr[-3000:]
+    app.write_text(
+        "import hydra\n"
+        "@hydra.main(version_base='1.2')\n"
+        "def main(cfg):\n"
+        "    import solo.methods\n"
+        "    print(cfg, solo.methods.Y)\n"
+        "main()\n"
+    )
+    done = work.run(str(app), "+headplug=word")
+    assert done.stdout == "{'headplug': 'word'} 1\n", done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -464,6 +510,33 @@ def script_loads(folder: Path) -> dict[str, Any]:
         "other head": attempt(lambda: load(other), state),
         "stock": attempt(lambda: load(args, headplug=None), state),
     }
+
+    from headplug import swap_head
+    from headplug.callbacks import HeadSwap
+
+    def in_python(block: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        model = SimCLR(OmegaConf.create({**copy.deepcopy(bare), "headplug": block}))
+        swap_head(model, "reweighting")
+        saved: dict[str, Any] = {"state_dict": model.state_dict()}
+        model.on_save_checkpoint(saved)
+        return saved, model.state_dict(), model
+
+    def callback_loads(saved: dict[str, Any]) -> Any:
+        load(bare, **saved)  # leaves the file
+        config = OmegaConf.create(copy.deepcopy(bare))
+        path = folder / "changed.tmp"
+        return HeadSwap.load_from_checkpoint(METHODS["simclr"], path, strict=False, cfg=config)
+
+    (saved, weights, model), (other_saved, _, _) = in_python(None), in_python({"head": "byol"})
+    found["python"] = [s["headplug"][0]["head"]["name"] for s in (saved, other_saved)]
+    found["python loaded"] = attempt(lambda: load(bare, **saved), weights)
+    found["callback loaded"] = attempt(lambda: callback_loads(saved), weights)
+    found["python unrecorded"] = attempt(lambda: load(bare, **{**saved, "headplug": None}), weights)
+    found["mapping"] = attempt(lambda: load(args, headplug=args["headplug"]), state)
+    (record,) = saved["headplug"]
+    for older in ([record], {k: v for k, v in record.items() if k != "twin"}):
+        resumed = model.on_load_checkpoint({"state_dict": weights, "headplug": older})
+        found.setdefault("resumed", []).append(resumed or "")
 
     class Own(SimCLR):  # type: ignore[misc]
         """A user's subclass, made after everything else."""
