@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from headplug.checkpoints import read_state_dict
 from headplug.errors import CheckpointError, HeadplugError, OptionError, UnknownNameError, unknown
-from headplug.weights import CLASSIFIERS, backbone_in, channels, fill, guess, is_small
+from headplug.weights import CLASSIFIERS, backbone_in, channels, fill, guess, is_small, unwrapped
 
 LIBRARIES = ("timm", "torchvision")
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -182,8 +181,8 @@ def _from_code(module: str, name: str, weights: str | Path | None) -> LoadedMode
     if weights is None:
         return LoadedModel(model, text)
     state = read_state_dict(weights)
-    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
-    fill(model, state if state.keys() >= model.state_dict().keys() else plain, weights)
+    whole = state.keys() >= model.state_dict().keys()
+    fill(model, state if whole else unwrapped(state), weights)
     return LoadedModel(model, f"{text} with the weights of {weights}")
 
 

@@ -69,11 +69,16 @@ def backbone_in(
         return strip_backbone(state, part)
     except CheckpointError as error:
         if "several backbones" not in str(error):
-            return state
+            return unwrapped(state)
         raise CheckpointError(
             f"{where}{str(error).removeprefix('the state dict')} With its architecture: --backbone "
             "PATH=timm:NAME."
         ) from None
+
+
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without what DDP and torch.compile put in front of every name."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
 
 
 def is_small(weights: Mapping[str, Tensor]) -> bool:

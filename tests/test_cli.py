@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from headplug import (
     features,
     list_heads,
     probe_layers,
-    swap_head,
 )
 from headplug.cli import main
 from headplug.compare.data import load_data
@@ -100,6 +100,12 @@ def test_heads_refuses_what_is_not_there(headplug, arguments, words):
     assert code == 2
     assert words in err
     assert out == ""
+
+
+def test_data_for_extraction_need_no_lightning():
+    code = "import headplug.extraction, sys; print('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_taps_of_a_timm_model(headplug):
@@ -243,6 +249,7 @@ class Module(lightning.LightningModule):
         return self.projection_head(self.backbone(x))
 
 def build():
+    print("built")
     return Module(8)
 
 number = 3
@@ -257,14 +264,13 @@ def test_extract_reads_checkpoints_and_code(headplug, tmp_path, monkeypatch):
     module = importlib.import_module("user_code")
     model = module.Module(width=6).eval()
     callback = module.HeadSwap("simclr_plain", hidden_dim=12, output_dim=6)
-    swap = swap_head(model, callback.head, **callback.options)
-    callback.swap = swap
+    callback.setup(SimpleNamespace(callbacks=[callback]), model, "fit")
     content = {
         "state_dict": model.state_dict(),
         "hyper_parameters": {"width": 6},
         "pytorch-lightning_version": "2.6.0",
     }
-    callback.on_save_checkpoint(None, model, content)
+    model.on_save_checkpoint(content)
     torch.save(content, "last.ckpt")
 
     x = load_data("digits", limit=40, show_progress=False).train[list(range(40))][0]
@@ -289,6 +295,14 @@ def test_extract_reads_checkpoints_and_code(headplug, tmp_path, monkeypatch):
     alone = FeatureStore.open("alone/train")
     assert alone.points[-1] == "backbone"
     torch.testing.assert_close(alone["backbone"], store["pre_projection"], rtol=1e-4, atol=1e-5)
+    state = {f"module.{k}": v for k, v in module.resnet18().state_dict().items()}  # as DDP saves
+    torch.save(state, "ddp.pth")
+    code, out, err = headplug("taps", "ddp.pth", "--backbone", "torchvision:resnet18", "--json")
+    assert code == 0, err
+    code, out, err = headplug("taps", "user_code:build", "--image-size", "32", "--json")
+    assert code == 0, err
+    assert "built" in err
+    assert json.loads(out)
     code, out, err = headplug("taps", "last.ckpt", "--backbone", "timm:resnet18", "--json")
     assert code == 0, err
     assert "backbone.layer4" in {row["path"] for row in json.loads(out)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +42,9 @@ def taps(
     from headplug.taps import list_taps
 
     shape = (3, image_size, image_size)
-    loaded = load_model(model, shape=shape, weights=weights, backbone=backbone)
-    rows = list_taps(loaded.model, torch.zeros(1, *shape))
+    with redirect_stdout(sys.stderr):
+        loaded = load_model(model, shape=shape, weights=weights, backbone=backbone)
+        rows = list_taps(loaded.model, torch.zeros(1, *shape))
     if json_:
         print(json.dumps(rows, indent=1, default=str))
         return
@@ -84,24 +86,25 @@ def extract(
 
     from headplug.extraction import extract as run
 
-    done = run(
-        model,
-        data,
-        out,
-        at,
-        split=split,
-        pool=pool,
-        dtype=dtype,
-        normalize=normalize,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        image_size=image_size,
-        limit=limit,
-        weights=weights,
-        backbone=backbone,
-        pretrained=pretrained,
-    )
+    with redirect_stdout(sys.stderr):  # libraries and the user's code may print
+        done = run(
+            model,
+            data,
+            out,
+            at,
+            split=split,
+            pool=pool,
+            dtype=dtype,
+            normalize=normalize,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            image_size=image_size,
+            limit=limit,
+            weights=weights,
+            backbone=backbone,
+            pretrained=pretrained,
+        )
     if os.environ.get("RANK", "0") != "0":
         return
     if json_:

@@ -79,13 +79,15 @@ def check(blocks: Sequence[Block]) -> None:
     if not points:
         raise DataError("a feature store needs at least one tap.")
     for block in blocks:
-        for name, shape in block.shapes.items():
+        shapes = block.shapes
+        count = next(iter(shapes.get(points[0], ())), 0)
+        for name, shape in shapes.items():
             what = f"{name!r} has" if name in points else f"there are {name.lstrip(':')} of"
             if name in points and len(shape) < 2:
                 raise DataError(
                     f"the features at {name!r} must be (N, D) or (N, ...), not {shape}."
                 )
-            if name != NAMES and shape[0] != (count := block.shapes[points[0]][0]):
+            if name != NAMES and shape[0] != count:
                 raise DataError(
                     f"{points[0]!r} has {count} samples, but {what} {shape[0]}; all must be of the "
                     "same samples."
@@ -95,5 +97,5 @@ def check(blocks: Sequence[Block]) -> None:
                     f"{what} shape {shape[1:]} in some samples and {first.get(name, ())[1:]} in "
                     "others; only one shape can be kept. Pool them, or resize the images."
                 )
-        if block.shapes.keys() != first.keys():
+        if shapes.keys() != first.keys():
             raise DataError("some samples have labels or ids and others have none.")

@@ -24,8 +24,9 @@ ID, LABEL = "id", "label"
 class FeatureDataset(Dataset[tuple[Any, ...]]):
     """Samples of a store, read when asked for.
 
-    An index gives one sample; a list or a tensor of B indices gives a batch of each in one go, as
-    a DataLoader with `sampler=BatchSampler(...), batch_size=None` asks for it.
+    An index gives one sample; a list or a tensor of B indices, a slice or a mask `(N,)` gives a
+    batch of each in one go, as a DataLoader with `sampler=BatchSampler(...), batch_size=None` asks
+    for it.
 
     Args:
         store: The store.
@@ -46,7 +47,7 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitem__(self, index: int | list[int] | Tensor) -> tuple[Any, ...]:
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> tuple[Any, ...]:
         """Features of each tap, and the label if there are labels.
 
         Returns:
@@ -54,12 +55,13 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
 
         Raises:
             IndexError: There is no such sample.
+            DataError: The index is something else.
         """
-        places = torch.as_tensor(index).cpu()
+        places = self._places(index)
         batch = places.reshape(-1)
         if len(batch) and not -len(self) <= int(batch.min()) <= int(batch.max()) < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples.")
-        batch = batch.long() % max(len(self), 1)
+        batch = batch % max(len(self), 1)
         found = [self.store._rows(point, batch, self._held) for point in self.points]
         if self.store.labels is not None:
             found.append(self.store.labels[batch])
@@ -68,6 +70,23 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, ...]]:
         """What a DataLoader with a batch size asks for: samples, read together."""
         return list(zip(*(t.unbind() for t in self[indices]), strict=True))
+
+    def _places(self, index: Any) -> Tensor:
+        """An index as int64, `()` or `(B,)`."""
+        try:
+            given = range(*index.indices(len(self))) if isinstance(index, slice) else index
+            places = torch.as_tensor(given).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            places = torch.tensor(0.5, device="cpu")
+        if places.shape == (len(self),) and places.dtype == torch.bool:
+            return places.nonzero().flatten()
+        numbers = not (places.is_floating_point() or places.is_complex())
+        if places.ndim > 1 or places.dtype == torch.bool or (places.numel() and not numbers):
+            raise DataError(
+                "samples are read by an integer, a list of them, a slice or a mask of "
+                f"{len(self)} booleans, not by {index!r:.80}."
+            )
+        return places.long()
 
     def __getstate__(self) -> dict[str, Any]:  # spawned workers map the files themselves
         return {**self.__dict__, "_held": {}}

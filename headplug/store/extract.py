@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,16 @@ from headplug.store.loaders import Listed, Stream, open_loader, same_random_stat
 from headplug.store.model import TappedModel
 from headplug.store.ranks import Team, team
 from headplug.store.resume import look
-from headplug.store.shards import AGAIN, INDEX, LABELS, Shard, prepare, shard_path, write_index
+from headplug.store.shards import (
+    AGAIN,
+    INDEX,
+    LABELS,
+    Shard,
+    claimed,
+    prepare,
+    shard_path,
+    write_index,
+)
 from headplug.store.sink import Sink
 from headplug.taps.options import Pool
 
@@ -59,11 +68,14 @@ def extract_features(
         loader: A DataLoader over a data set with a length: each sample that its sampler names is
             read once, in the order of its index, whatever it shuffles, repeats or drops as an
             incomplete batch. Or any iterable of batches: samples are kept in the order of their
-            ids. A batch is `images`, `(images,)`, `(images, labels)` or `(images, labels, ids)`;
-            labels `(B,)` or `(B, K)`, integers or floats; ids integers or strings.
+            ids, which must differ. A batch is `images`, `(images,)`, `(images, labels)` or
+            `(images, labels, ids)`; labels `(B,)` or `(B, K)`, integers or floats; ids integers or
+            strings.
         at: Points, see `headplug.taps.points`: one, a list of them or a mapping from your names to
             them; a pattern stands for all that it matches.
-        out: A folder to write to; left out, the store is in memory.
+        out: A folder to write to; left out, the store is in memory. What is there is gone on with
+            if the data are the same: eight samples and the indices are compared, or the first
+            batch and the number of batches.
         pool: Makes rows of what a tap gives: "gap", "flat", "cls", "cls+gap", "tokens", see
             `headplug.taps.pooling`, or a callable that gives `(B, D)` or `(B, ...)`.
         dtype: Of the features in the store, e.g. torch.float16 for half the space.
@@ -84,21 +96,24 @@ def extract_features(
         OptionError: `shard_size`, `dtype` or `pool` cannot be.
         DataError: The loader is empty or yields something else than such batches; or a tap, or
             `pool`, gives something else than a row per image.
-        RunError: `out` holds features of another extraction (the message says what differs), or
-            cannot be written; another process failed, or its model differs.
+        RunError: `out` holds features of another extraction (the message says what differs),
+            another process writes there, or it cannot be written; another process failed, does
+            not take part, or its model or options differ.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
     >>> batches = [(torch.rand(5, 4), torch.arange(5)), (torch.rand(3, 4), torch.arange(3))]
     >>> extract_features(model, batches, at=["0", "1"])
     FeatureStore(8 samples; 0: 8, 1: 8)
     """
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(out).absolute()
     with (
         torch.inference_mode(False),  # probes may train on what is kept
         torch.no_grad(),
         team(distributed) as ranks,
         same_random_state(loader),
+        ExitStack() as stack,
     ):
+        _alike(ranks.each(lambda: (str(out), shard_size)))
         tapped = ranks.own(lambda: TappedModel(model, at, pool, dtype, transform))
         if folder is not None and not (folder / INDEX).is_file():
             ranks.first(lambda: prepare(folder))
@@ -118,7 +133,7 @@ def extract_features(
             if left.damaged and ranks.rank == 0:
                 lines = "\n".join(left.damaged).replace(AGAIN, "It is made anew.")
                 warnings.warn(lines, stacklevel=2)
-            ranks.first(lambda: prepare(folder))
+            ranks.first(lambda: stack.enter_context(claimed(folder)))
         work = _Work(tapped, samples, Sink(folder, fingerprint), whole)
         with buffers:
             made = ranks.each(lambda: work(show_progress and ranks.rank == 0))
@@ -216,14 +231,25 @@ def _agreed(
     """
     buffers = False
     for rank, other in enumerate(prints):
-        unlike = differences(prints[0], {**other, "buffers": prints[0]["buffers"]})
+        same = {**other, "buffers": prints[0]["buffers"]}
+        unlike = differences(prints[0], same, ("on process 0", f"on process {rank}"))
         buffers |= other["buffers"] != prints[0]["buffers"]
         if unlike:
             raise RunError(
                 f"{' and '.join(unlike)}: process {rank} has others than process 0. Load the same "
-                "checkpoint and data set on all of them."
+                "checkpoint and data set on all of them, and ask for the same."
             )
     return _buffers_of_first(model, ranks) if buffers else nullcontext()
+
+
+def _alike(asked: Sequence[tuple[str, int]]) -> None:
+    """Checks that all processes write to one folder in the same way."""
+    for rank, other in enumerate(asked):
+        if other != asked[0]:
+            raise RunError(
+                "all processes must pass the same out and shard_size: process 0 has "
+                f"{asked[0][0]} and {asked[0][1]}, process {rank} has {other[0]} and {other[1]}."
+            )
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class FeatureStore:
         Raises:
             CheckpointError: The folder has no index, or the index or a shard is missing or damaged.
         """
-        return cls(read_store(Path(folder)))
+        return cls(read_store(Path(folder).absolute()))
 
     def __getitem__(self, point: str) -> Tensor:
         """Features of a tap `(N, ...)`; mapped and not copied where they are in one file.

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from headplug.errors import DataError
 from headplug.store.shards import IDS, NAMES
 
 Ids = Tensor | list[str]
@@ -54,11 +55,32 @@ def ids_of(block: Holder) -> Ids:
 
 
 def join_ids(parts: Sequence[Ids]) -> Ids:
-    """The ids of several parts as one; strings if any are."""
+    """The ids of several parts, all integers or all strings, as one.
+
+    Raises:
+        DataError: They are not.
+    """
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if len(tensors) == len(parts):
         return torch.cat(tensors)
-    return [str(i) for part in parts for i in (part.tolist() if isinstance(part, Tensor) else part)]
+    if tensors:
+        raise DataError("ids must be all integers or all strings; some samples have the other.")
+    return [name for part in parts for name in part]
+
+
+def distinct(parts: Sequence[Ids]) -> None:
+    """Checks that no id of several parts is there twice.
+
+    Raises:
+        DataError: One is.
+    """
+    ids = join_ids(parts)
+    different = len(set(ids) if isinstance(ids, list) else ids.unique())
+    if different < len(ids):
+        raise DataError(
+            f"ids must differ: {len(ids)} samples have {different}. The third entry of a batch is "
+            "taken as their ids; leave it out if it is something else."
+        )
 
 
 def in_order(parts: Sequence[Ids]) -> tuple[Ids, Tensor | None]:

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from headplug.errors import DataError
 from headplug.store.batches import Batch, parse
 from headplug.store.fingerprint import Fingerprint, digest
+from headplug.store.ids import Ids, distinct
 from headplug.store.ranks import Team
 
 SAMPLED = 8  # samples that stand for all in a fingerprint
@@ -159,11 +160,15 @@ class Stream:
                 "labels, ids), pass a DataLoader over a data set with a length, or call from one "
                 "process with distributed=False."
             )
-        return digest(self._first)
+        return digest(self._first, self._total)
 
     def fingerprint(self) -> Fingerprint:
-        """Of each process's first batch, and of how samples are cut."""
-        return {"data": digest(self._kind, self._parts), "shard": self._size}
+        """Of each process's first batch and number of batches, and of how samples are cut."""
+        return {
+            "data": digest(self._kind, self._parts),
+            "shard": self._size,
+            "processes": self._ranks.size,
+        }
 
     def count(self, whole: Container[int]) -> int | None:
         """How many batches there are, as far as that is known."""
@@ -176,15 +181,23 @@ class Stream:
             DataError: The loader does not give what can be used.
         """
         number, rows, seen = self._ranks.rank, 0, 0
+        given: list[Ids] = []
         for batch in chain(self._first, self._rest):
             images, labels, ids = parse(batch)
+            if seen and bool(given) == (ids is None):
+                raise DataError("the ids are missing in some batches and there in others.")
             if ids is None:
                 ids = torch.arange(seen, seen + len(images), device="cpu")
+            else:
+                given.append(ids)
+                distinct(given[-2:])  # at once for most; all of them at the end
             seen, rows = seen + len(images), rows + len(images)
             full = rows >= self._size
             yield Batch(number, full, images, labels, ids)
             if full:
                 number, rows = number + self._ranks.size, 0
+        if given:
+            distinct(given)
 
 
 def open_loader(loader: Any, ranks: Team, shard_size: int) -> Listed | Stream:

@@ -20,6 +20,8 @@ from headplug.errors import RunError
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
 """How long a process waits for another one that still works and has not failed."""
+MEETING = timedelta(minutes=10)
+"""How long it waits for the others to begin."""
 
 
 class Team:
@@ -113,6 +115,7 @@ def team(distributed: bool = True) -> Iterator[Team]:
         yield Team()
         return
     try:
+        meeting = dist.new_group(backend="gloo", timeout=MEETING)
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
         raise RunError(
@@ -123,6 +126,7 @@ def team(distributed: bool = True) -> Iterator[Team]:
         yield Team(group)
     finally:
         dist.destroy_process_group(group)
+        dist.destroy_process_group(meeting)
 
 
 def _said(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from headplug.errors import CheckpointError, RunError
 from headplug.store.fingerprint import Fingerprint, differences
-from headplug.store.shards import AGAIN, Shard, read_index, shard_number
+from headplug.store.shards import AGAIN, Shard, read_index, read_store, shard_number
 
 
 class Left(NamedTuple):
@@ -42,29 +42,45 @@ def look(folder: Path, fingerprint: Fingerprint) -> Left:
                 shards[number] = Shard(path)
             except CheckpointError as error:
                 damaged.append(str(error))
-    prints = [shard.fingerprint for shard in shards.values()]
-    listed: list[str] = []
+    listed: list[str] | None = None
     try:
         index = read_index(folder)
-        prints.append(index["fingerprint"])
+        _same(index["fingerprint"], fingerprint, folder)
         listed = [entry["file"] for entry in index["shards"]]
     except CheckpointError:  # not finished, or the index has to be written anew
-        pass
-    for there in prints:
-        if there != fingerprint:
-            unlike = differences(there, fingerprint)
-            raise RunError(
-                f"{folder} holds the features of another extraction: {' and '.join(unlike)} "
-                f"{'differ' if len(unlike) > 1 else 'is not the same'}. Name another folder with "
-                "out=..., ask for the same again, or delete this one."
-            )
+        for shard in shards.values():
+            _same(shard.fingerprint, fingerprint, shard.path)
     for number, shard in list(shards.items()):
         try:
+            if shard.fingerprint != fingerprint:
+                raise shard.damaged("it belongs to another store")
             shard.verify()
         except CheckpointError as error:
             damaged.append(str(error))
             del shards[number]
-    there_now = {shard.path.name for shard in shards.values()}
-    missing = [n for n in listed if n not in there_now and not (folder / n).exists()]
+    missing = [name for name in listed or [] if not (folder / name).exists()]
     damaged += [f"the shard {folder / name} is missing. {AGAIN}" for name in missing]
-    return Left(set(shards), damaged, bool(listed) and there_now >= set(listed))
+    return Left(set(shards), damaged, listed is not None and not damaged and _opens(folder))
+
+
+def _opens(folder: Path) -> bool:
+    try:
+        read_store(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _same(there: Fingerprint, here: Fingerprint, where: Path) -> None:
+    if unlike := differences(there, here):
+        random = ""
+        if there.get("data") != here["data"]:
+            random = (
+                " A data set that draws random numbers, e.g. for crops, gives other samples each "
+                "time: take a transform without them."
+            )
+        raise RunError(
+            f"{where} holds the features of another extraction: {' and '.join(unlike)} "
+            f"{'differ' if len(unlike) > 1 else 'changed'}. Name another folder with out=..., ask "
+            f"for the same again, or delete it.{random}"
+        )

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,16 @@ from headplug.errors import CheckpointError, RunError
 from headplug.files import atomic
 from headplug.store.fingerprint import Fingerprint
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 INDEX = "store.json"
-SCHEMA = 2
+SCHEMA = 3
 LABELS, IDS, NAMES = ":labels", ":ids", ":names"  # no tap can be called so
+GRACE = 10.0  # seconds that the loader's workers may outlive a killed process, and its lock
 AGAIN = "Run the same extraction again: it recomputes only what is damaged or missing."
 
 
@@ -38,9 +47,10 @@ class Shard:
         fingerprint: Of the extraction that wrote it.
         points: Its taps.
         shapes: Shape of each tensor; the first number is the shard's samples.
+        samples: How many it holds.
 
     Raises:
-        CheckpointError: It is missing, truncated, or its header is damaged.
+        CheckpointError: It is missing, truncated, another shard's copy, or its header is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,16 +61,17 @@ class Shard:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["headplug"])
                 self.shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-            body = {k: v for k, v in about.items() if k != "check"}
-            if about["check"] != _crc(json.dumps(body).encode()):
-                raise ValueError("its header is damaged")
+            counts = {shape[0] for name, shape in self.shapes.items() if name != NAMES}
             self.fingerprint: Fingerprint = about["fingerprint"]
             self.points: list[str] = about["points"]
+            self.samples: int = about["samples"]
             self._sums: dict[str, int] = about["crc32"]
-            if self._sums.keys() != self.shapes.keys():
+            if not _checked(about) or self._sums.keys() != self.shapes.keys():
                 raise ValueError("its header is damaged")
+            if counts != {self.samples} or about["shard"] != shard_number(path.name):
+                raise ValueError(f"it is a copy of shard {about['shard']}")
         except Exception as error:  # safetensors and json have types of their own
-            raise self._damaged(error) from None
+            raise self.damaged(error) from None
         self._checked: set[str] = set()
 
     def tensor(self, name: str) -> Tensor:
@@ -75,10 +86,10 @@ class Shard:
             with safe_open(self.path, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except Exception as error:
-            raise self._damaged(error) from None
+            raise self.damaged(error) from None
         if name not in self._checked:
             if _crc(_bytes(tensor)) != self._sums[name]:
-                raise self._damaged(f"the checksum of {name.lstrip(':')!r} differs")
+                raise self.damaged(f"the checksum of {name.lstrip(':')!r} differs")
             self._checked.add(name)
         return tensor
 
@@ -91,7 +102,8 @@ class Shard:
         for name in self.shapes:
             self.tensor(name)
 
-    def _damaged(self, why: object) -> CheckpointError:
+    def damaged(self, why: object) -> CheckpointError:
+        """The error that names the file."""
         return CheckpointError(f"the shard {self.path} is missing or damaged ({why}). {AGAIN}")
 
 
@@ -103,12 +115,16 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], fingerprint: Fingerpr
     """
     from safetensors.torch import save_file
 
-    about: dict[str, Any] = {
-        "fingerprint": fingerprint,
-        "points": [name for name in tensors if name not in (LABELS, IDS, NAMES)],
-        "crc32": {k: _crc(_bytes(v)) for k, v in tensors.items()},
-    }
-    about["check"] = _crc(json.dumps(about).encode())
+    points = [name for name in tensors if name not in (LABELS, IDS, NAMES)]
+    about = _with_check(
+        {
+            "fingerprint": fingerprint,
+            "shard": shard_number(path.name),
+            "points": points,
+            "samples": len(tensors[points[0]]),
+            "crc32": {k: _crc(_bytes(v)) for k, v in tensors.items()},
+        }
+    )
     with atomic(path) as partial:
         # one entry, because safetensors writes several in an order that changes
         save_file(dict(tensors), partial, metadata={"headplug": json.dumps(about)})
@@ -126,12 +142,17 @@ def write_index(folder: Path, shards: Sequence[Shard], fingerprint: Fingerprint)
     Raises:
         RunError: It cannot be written.
     """
-    index = {
-        "schema": SCHEMA,
-        "points": shards[0].points,
-        "fingerprint": fingerprint,
-        "shards": [{"file": s.path.name, "bytes": s.path.stat().st_size} for s in shards],
-    }
+    files = [
+        {"file": s.path.name, "bytes": s.path.stat().st_size, "samples": s.samples} for s in shards
+    ]
+    index = _with_check(
+        {
+            "schema": SCHEMA,
+            "points": shards[0].points,
+            "fingerprint": fingerprint,
+            "shards": files,
+        }
+    )
     with atomic(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1) + "\n", "utf-8")
         _to_disk(partial)
@@ -150,9 +171,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         )
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text("utf-8"))
-        if index["schema"] == SCHEMA and index["points"] and index["shards"]:
-            return index
         reason = f"its schema is {index['schema']}, and {SCHEMA} can be read"
+        if index["schema"] == SCHEMA:
+            if _checked(index):
+                return index
+            reason = "its checksum differs"
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise CheckpointError(
@@ -175,9 +198,10 @@ def read_store(folder: Path) -> list[Shard]:
         try:
             shard = Shard(path)
             if shard.fingerprint != index["fingerprint"]:
-                raise shard._damaged("it belongs to another store")
-            if (size := path.stat().st_size) != entry["bytes"]:
-                raise shard._damaged(f"it has {size} bytes, not {entry['bytes']}")
+                raise shard.damaged("it belongs to another store")
+            found = {"bytes": path.stat().st_size, "samples": shard.samples}
+            if unlike := [f"{v} {k}, not {entry[k]}" for k, v in found.items() if v != entry[k]]:
+                raise shard.damaged(f"it has {unlike[0]}")
             for name in {IDS, NAMES, LABELS} & shard.shapes.keys():  # read at once anyway
                 shard.tensor(name)
             shards.append(shard)
@@ -200,7 +224,7 @@ def shard_number(name: str) -> int | None:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder, finds out whether it can be written to, and removes what a kill left.
+    """Makes the folder, and finds out whether it can be written to.
 
     Raises:
         RunError: It cannot be written to.
@@ -210,11 +234,54 @@ def prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error}. Choose another folder.") from None
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps others from writing to a folder for the block, and removes what a kill left there.
+
+    Raises:
+        RunError: Another process is writing there, or it cannot be written to.
+    """
+    prepare(folder)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if handle is not None:
+            _lock(handle, folder)
         for pattern in (".shard-*.partial", f".{INDEX}.*.partial", ".tmp??????"):  # safetensors'
             for partial in folder.glob(pattern):
                 partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error}. Choose another folder.") from None
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    until = time.monotonic() + GRACE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise RunError(
+                    f"another process is writing to {folder}. Wait until it is done, or name "
+                    "another folder with out=..."
+                ) from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return
+
+
+def _with_check(about: dict[str, Any]) -> dict[str, Any]:
+    return {**about, "check": _crc(json.dumps(about).encode())}
+
+
+def _checked(about: dict[str, Any]) -> bool:
+    return about == _with_check({k: v for k, v in about.items() if k != "check"})
 
 
 def _crc(content: Any) -> int:

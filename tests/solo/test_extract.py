@@ -41,7 +41,7 @@ def test_a_run_is_read_whole_with_its_head_or_its_backbone_alone(work: Any, head
     points = ("--at", "backbone", "--at", "pre_projection", "--at", "projection")
     done = extract(f"whole-{name}", str(folder.parent), *points, PYTHONPATH=with_solo)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout[done.stdout.index("{\n") :])
+    found = json.loads(done.stdout)
     assert "solo-learn's simclr (resnet18)" in found["model"]
     assert "mean 0.485/0.456/0.406" in found["images"]  # a custom data set, as solo-learn does it
     whole = FeatureStore.open(work.folder / f"whole-{name}" / "test")

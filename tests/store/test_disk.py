@@ -41,7 +41,7 @@ def test_shards_and_index(extract, at, tmp_path, assert_equal):
     names = [f"shard-0000{i}.safetensors" for i in range(5)]
     assert sorted(os.listdir(tmp_path / "store")) == [*names, "store.json"]
     index = json.loads((tmp_path / "store" / "store.json").read_text())
-    assert index["schema"] == 2
+    assert index["schema"] == 3
     assert index["points"] == at
     assert [entry["file"] for entry in index["shards"]] == names
     assert_equal(FeatureStore.open(str(tmp_path / "store")), written)
@@ -328,14 +328,99 @@ def test_a_changed_bit_is_found_when_the_tap_is_read_and_only_its_shard_is_made_
         FeatureStore.open(folder).verify()
 
 
-def test_shards_of_another_store_are_noticed(extract, model, at, tmp_path):
+def test_shards_of_another_store_are_noticed_and_made_anew(extract, at, tmp_path, files):
     extract()
+    folder = tmp_path / "store"
+    before = files(folder)
     extract(at=at[:2], out=tmp_path / "b")
-    shutil.copy(tmp_path / "b" / "shard-00001.safetensors", tmp_path / "store")
+    shutil.copy(tmp_path / "b" / "shard-00001.safetensors", folder)
     with pytest.raises(CheckpointError, match=r"shard-00001.* belongs to another store"):
-        FeatureStore.open(tmp_path / "store")
-    with pytest.raises(RunError, match=r"another extraction: the points"):
+        FeatureStore.open(folder)
+    with pytest.warns(UserWarning, match=r"shard-00001.* made anew"):
         extract()
+    assert extract.batches == 1
+    assert files(folder) == before
+    shutil.copy(tmp_path / "b" / "shard-00001.safetensors", folder)
+    (folder / "store.json").unlink()
+    with pytest.raises(RunError, match=r"shard-00001.safetensors holds .* extraction: the points"):
+        extract()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_shard_copied_over_another_is_named_and_made_anew(extract, tmp_path, files, indexed):
+    extract()
+    folder = tmp_path / "store"
+    before = files(folder)
+    shutil.copy(folder / "shard-00002.safetensors", folder / "shard-00001.safetensors")
+    if indexed:
+        with pytest.raises(CheckpointError, match=r"shard-00001.*a copy of shard 2"):
+            FeatureStore.open(folder)
+    else:
+        (folder / "store.json").unlink()
+    with pytest.warns(UserWarning, match=r"shard-00001.* made anew"):
+        extract()
+    assert extract.batches == 1
+    assert files(folder) == before
+
+
+def test_any_changed_bit_of_the_index_is_noticed_and_the_index_written_anew(
+    extract, tmp_path, files
+):
+    extract()
+    folder = tmp_path / "store"
+    before = files(folder)
+    text = before["store.json"]
+    at_digit = text.index(b"shard-00003") + len("shard-0000")
+    for position in (at_digit, *range(1, len(text) - 1, 97)):
+        content = bytearray(text)
+        content[position] ^= 1
+        (folder / "store.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"store.json cannot be used"):
+            FeatureStore.open(folder)
+        if position in (at_digit, 1):
+            extract()
+            assert extract.batches == 0
+            assert files(folder) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+def test_two_extractions_into_one_folder_at_once_are_refused(model, tmp_path, monkeypatch):
+    from headplug.store import shards
+
+    monkeypatch.setattr(shards, "GRACE", 0.3)
+    (tmp_path / "s").mkdir()
+    partial = tmp_path / "s" / ".shard-00000.safetensors.17.partial"
+
+    def batches(inner):
+        yield torch.rand(2, 1, 8, 8), [0, 1]
+        partial.write_bytes(b"half")
+        if inner:
+            with pytest.raises(RunError, match="another process is writing to"):
+                extract_features(model, batches(False), "projection", tmp_path / "s")
+            assert partial.exists()
+        yield torch.rand(2, 1, 8, 8), [2, 3]
+
+    assert len(extract_features(model, batches(True), "projection", tmp_path / "s")) == 4
+
+
+def test_a_store_outlives_a_change_of_folder(model, loader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stores = [extract_features(model, loader, "projection", "s"), FeatureStore.open("s")]
+    monkeypatch.chdir("/")
+    assert all(store["projection"].shape == (23, 2) for store in stores)
+
+
+def test_data_with_random_numbers_of_its_own_is_told_so(model, tmp_path):
+    class Random(TensorDataset):
+        draw = torch.Generator().manual_seed(0)
+
+        def __getitem__(self, i):
+            return torch.randn(1, 8, 8, generator=self.draw), i
+
+    loader = DataLoader(Random(torch.zeros(9)), batch_size=3)
+    extract_features(model, loader, "projection", tmp_path)
+    with pytest.raises(RunError, match=r"the data changed.* random numbers.* without them"):
+        extract_features(model, loader, "projection", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -345,8 +430,8 @@ def test_shards_of_another_store_are_noticed(extract, model, at, tmp_path):
         "[]",
         "{",
         '{"schema": 1, "points": ["a"], "shards": ["b"]}',
-        '{"schema": 2}',
-        '{"schema": 2, "points": [], "shards": []}',
+        '{"schema": 3}',
+        '{"schema": 3, "points": [], "shards": []}',
     ],
 )
 def test_a_damaged_index_is_named_and_written_anew(extract, tmp_path, text, files):

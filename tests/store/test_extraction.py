@@ -133,13 +133,13 @@ def test_streams_and_lists_of_batches_work(model):
 
 
 @pytest.mark.parametrize("out", [None, "store"])
-def test_batches_may_bring_ids_which_set_the_order_and_count_once(model, tmp_path, out):
+def test_batches_may_bring_ids_which_set_the_order(model, tmp_path, out):
     def batch(*ids):
         x = torch.tensor(ids).float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
         return x, torch.tensor(ids) * 10, torch.tensor(ids)
 
     folder = out and tmp_path / out
-    batches = [batch(5, 3), batch(9, 5), batch(1)]
+    batches = [batch(5, 3), batch(9), batch(1)]
     store = extract_features(model, batches, ["projection"], folder, shard_size=2)
     assert store.ids.tolist() == [1, 3, 5, 9]
     assert store.labels.tolist() == [10, 30, 50, 90]
@@ -160,6 +160,24 @@ def test_ids_may_be_strings_such_as_lightlys_file_names(model, tmp_path, out):
     store = extract_features(model, batches, ["projection"], folder, shard_size=3)
     assert store.ids == ["", "a/1.png", "a/2.png", "b/ü.png"]
     assert store.labels.tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("out", [None, "store"])
+@pytest.mark.parametrize(
+    ("thirds", "message"),
+    [
+        ([[0, 1, 2, 0], [1, 2, 0, 1]], "ids must differ: 4 samples have 3. .*leave it out"),
+        ([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]], "ids must differ: 12 samples have 11"),
+        ([list("abcd"), list("efga")], "ids must differ: 8 samples have 7"),
+        ([[0, 1, 2, 3], list("0123")], "all integers or all strings"),
+        ([[0, 1, 2, 3], None], "ids are missing in some batches"),
+        ([None, [8, 9, 10, 11]], "ids are missing in some batches"),
+    ],
+)
+def test_ids_that_name_no_sample_are_refused(model, tmp_path, out, thirds, message):
+    batches = [(torch.rand(4, 1, 8, 8), [0, 1, 2, 3], third) for third in thirds]
+    with pytest.raises(DataError, match=message):
+        extract_features(model, batches, "projection", out and tmp_path / out, shard_size=4)
 
 
 def test_third_entries_that_are_no_ids_are_left_aside(model):

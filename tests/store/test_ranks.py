@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from headplug import FeatureStore, extract_features
 from headplug.errors import HeadplugError
+from headplug.store import ranks
 
 torch.set_num_threads(1)
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
@@ -104,6 +106,13 @@ def work(rank):
     with torch.no_grad():
         model[4].bias.copy_(bias)
 
+    other = folder / ("g" if rank else "h")
+    found["out"] = refused(lambda: run(DataLoader(data, batch_size=4), other))
+    found["no out"] = refused(lambda: run(DataLoader(data, batch_size=4), None if rank else other))
+    found["at"] = refused(
+        lambda: extract_features(model, DataLoader(data), AT[: rank or 2], folder / "i")
+    )
+
     plain = DataLoader(data, batch_size=4)
     alone = rank == 0 and extract_features(model, plain, AT, distributed=False)
     found["alone"] = rank > 0 or same(alone, one)
@@ -111,6 +120,8 @@ def work(rank):
     found["fails"] = refused(lambda: run(bad, folder / "e"))
     dead = DataLoader(Broken({9: lambda: os._exit(7)}), batch_size=4)
     found["dies"] = refused(lambda: run(dead, folder / "f"))
+    ranks.MEETING = timedelta(seconds=2)
+    found["absent"] = refused(lambda: run(plain))
     return found
 
 children = []
@@ -152,6 +163,11 @@ def test_processes_make_what_one_makes(python, tmp_path, size):
         assert "whose samples have no ids" in one["no ids"][1]
         assert "process 1 has others than process 0" in one["weights"][1]
         assert "the model's weights" in one["weights"][1]
+        for name in ("out", "no out"):
+            assert "all processes must pass the same out" in one[name][1]
+        assert re.search(r"the points \(4 on process 0, no other on process 1\)", one["at"][1])
+        assert "the other processes do not take part" in one["absent"][1]
+        assert one["absent"][2] < 30
         assert one["fails"][0] == "RunError"  # on the processes where nothing failed
         assert "process 1 of" in one["fails"][1]
         assert "the disk of rank 1 went away" in one["fails"][1]

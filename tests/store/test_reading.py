@@ -60,6 +60,15 @@ def test_a_dataset_for_training_on_features(store, data, expected, workers):
     for wrong in (23, -24, [0, 23]):
         with pytest.raises(IndexError):
             dataset[wrong]
+    mask = torch.arange(23) % 3 == 1
+    for index in (mask, mask.numpy(), mask.tolist(), slice(1, None, 3), range(1, 23, 3)):
+        z, _, labels = dataset[index]
+        assert torch.equal(z, store["projection"][1::3])
+        assert torch.equal(labels, store.labels[1::3])
+    assert len(dataset[[]][0]) == len(dataset[5:5][0]) == 0
+    for wrong in (1.5, "a", [0.0], None, True, mask[:5], [[0, 1]]):
+        with pytest.raises(DataError, match="an integer, a list of them, a slice or a mask of 23"):
+            dataset[wrong]
     samples = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=workers)
     batches = DataLoader(
         dataset,
