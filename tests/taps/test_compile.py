@@ -58,6 +58,21 @@ def expected(x):
     return taps
 
 
+def compiled(model, how, **options):
+    """The model to tap, and what to call."""
+    if how == "torch.compile":
+        model = torch.compile(model, **options)
+    elif how == "model.compile":
+        model.compile(**options)
+    elif how == "method":
+        model.forward = torch.compile(model.forward, **options)
+    elif how == "part":
+        model.backbone = torch.compile(model.backbone, **options)
+    elif how == "function":
+        return model, torch.compile(lambda x: model(x), **options)
+    return model, model
+
+
 def assert_equal(found, reference):
     for point in POINTS:
         assert len(found[point]) == len(reference[point])
@@ -72,15 +87,7 @@ def test_hooks_before_the_first_call_are_compiled_in_whole_and_once(how, backend
     model, x = Model(), torch.rand(3, 4)
     reference = expected(x)
     options = {"backend": backend, "fullgraph": True}
-    run = model
-    if how == "torch.compile":
-        run = model = torch.compile(model, **options)
-    elif how == "model.compile":
-        model.compile(**options)
-    elif how == "method":
-        model.forward = torch.compile(model.forward, **options)
-    elif how == "part":
-        model.backbone = torch.compile(model.backbone, **options)
+    model, run = compiled(model, how, **options)
     with tap(model, *POINTS) as taps:
         if how == "in the block":
             run = torch.compile(model, **options)
@@ -107,17 +114,7 @@ def test_what_was_compiled_before_is_compiled_once_more_and_is_as_before_after_i
     model, x = Model(), torch.rand(3, 4)
     reference = expected(x)
     options = {"backend": backend, "fullgraph": True}
-    run = model
-    if how == "torch.compile":
-        run = model = torch.compile(model, **options)
-    elif how == "model.compile":
-        model.compile(**options)
-    elif how == "method":
-        model.forward = torch.compile(model.forward, **options)
-    elif how == "part":
-        model.backbone = torch.compile(model.backbone, **options)
-    else:
-        run = torch.compile(lambda x: model(x), **options)
+    model, run = compiled(model, how, **options)
     run(x)
     before = len(backend.graphs)
     for _ in range(10):  # more blocks than torch compiles one function for

@@ -4,8 +4,6 @@ import copy
 import gc
 import io
 import pickle
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -1039,21 +1037,8 @@ print("fine")
 
 
 @pytest.mark.slow
-def test_ddp_in_two_processes_with_the_shared_names(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path / "meet"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
-    assert all("fine" in text for text in said)
+def test_ddp_in_two_processes_with_the_shared_names(on_two_processes):
+    on_two_processes(DDP)
 
 
 # ---- list_taps -----------------------------------------------------------------------------------

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torchvision
@@ -67,21 +64,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_both_generations_of_fsdp_in_two_processes(tmp_path):
-    script = tmp_path / "fsdp.py"
-    script.write_text(FSDP)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path / "meet"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=180)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
-    assert all("fine" in text for text in said)
+def test_both_generations_of_fsdp_in_two_processes(on_two_processes):
+    on_two_processes(FSDP)
 
 
 def test_checkpointed_blocks_have_their_usual_names():
