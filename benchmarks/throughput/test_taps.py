@@ -69,6 +69,17 @@ def test_five_taps_against_peers(peer, models, x, against):
     assert against(lambda: tapped(models["ours"], x), lambda: plain(models[peer], x)) < 1.15
 
 
+def test_five_taps_in_one_block_against_hooks(models, x, against):
+    """As a training loop has it: both are placed once."""
+    with tap(models["ours"], *STAGES) as taps:
+
+        def in_block():
+            taps.clear()
+            plain(models["ours"], x)
+
+        assert against(in_block, lambda: plain(models["hooks"], x)) < 1.1
+
+
 @pytest.mark.parametrize("stage", STAGES[:4])
 def test_early_exit_against_the_whole_forward(stage, model, x, against):
     against(lambda: features(model, x, at=stage), lambda: plain(model, x))
