@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from headplug import create_head, find_slots, swap_head
+from headplug import create_head, find_slots, swap_head, tap
 from headplug.errors import DimensionError, SlotError
 
 pytest.importorskip("lightly")
@@ -680,6 +680,26 @@ def test_two_steps_with_another_head_of_the_same_width(pattern: type[Model], nam
     assert all(m is modules[p] for p, m in model.named_modules(remove_duplicate=False))
     assert all(torch.equal(v, old_state[k]) for k, v in old.state_dict().items())
     train(model, old, model.get_submodule(pattern.twin) if pattern.twin else None, steps=1)
+
+
+@each_pattern
+def test_taps_read_what_the_head_receives_and_returns_in_a_step(pattern: type[Model]) -> None:
+    model = build(pattern).eval()
+    head = model.get_submodule(pattern.path)
+    views = torch.randn(2, BATCH, 3, 3, C, generator=torch.Generator().manual_seed(0))
+    names = ("pre_projection", "projection")
+    if [s.role for s in find_slots(model)].count("projection") > 1:  # the user says which
+        with pytest.raises(SlotError, match="'pre_projection' needs one projection head"):
+            tap(model, *names).__enter__()
+    if pattern.slot:
+        names = (f"{pattern.path}:input", pattern.path)
+    with tap(model, *names, detach=True) as taps:
+        model.loss(*views)
+    received, returned = taps.read()
+    assert received
+    with torch.no_grad():
+        for h, z in zip(received, returned, strict=True):
+            assert torch.allclose(head(h), z, atol=1e-6)
 
 
 TOGETHER: dict[type[Model], str] = {  # heads of one model that must agree on the width
