@@ -74,6 +74,11 @@ class HeadSlot:
     tail: str | None = None
     complete: bool = False
 
+    @property
+    def sure(self) -> bool:
+        """Whether its EMA copy, and what follows its width, are beyond doubt."""
+        return not self.maybe_twins and not any(d.rivals for d in self.dependents)
+
     def __str__(self) -> str:
         """One line: path, role, dims, twin."""
         twin = f", EMA twin {self.twin}" if self.twin else ""

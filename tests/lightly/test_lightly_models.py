@@ -1000,7 +1000,9 @@ def test_what_a_dino_loop_calls_is_there_and_noted() -> None:
 
 def test_teachers_that_were_not_frozen_are_asked_about() -> None:
     model = build(BYOLBenchmark)
+    assert all(s.sure for s in find_slots(model))
     activate_requires_grad(model.teacher_projection_head)
+    assert not all(s.sure for s in find_slots(model))
     with unchanged(model), pytest.raises(SlotError, match=r"twin='teacher_projection_head'"):
         swap_head(model, "simclr_plain")
     for arguments in (
