@@ -66,6 +66,28 @@ def unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return content
 
 
+def below(state: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The part of a state dict that lies below a path, under names from there.
+
+    >>> below({"head.0.weight": 1, "backbone.weight": 2}, "head")
+    {'0.weight': 1}
+    """
+    prefix = f"{path}." if path else ""
+    return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
+
+
+def plain_name(key: str, wrappers: tuple[str, ...] = ("module.", "_orig_mod.")) -> str:
+    """A key without what DDP and torch.compile put in front of it or into it.
+
+    >>> plain_name("module.backbone._orig_mod.conv1.weight")
+    'backbone.conv1.weight'
+    """
+    key = key.replace("._orig_mod.", ".")
+    while key.startswith(wrappers):
+        key = key.partition(".")[2]
+    return key
+
+
 def opened(source: Any) -> tuple[str, Any]:
     """What to call a source of weights in messages, and its state dict if a file or module is it.
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from headplug.checkpoints import read_state_dict
 from headplug.errors import CheckpointError, HeadplugError, OptionError, UnknownNameError, unknown
-from headplug.weights import CLASSIFIERS, backbone_in, channels, fill, guess, is_small, unwrapped
+from headplug.weights import CLASSIFIERS, backbone_in, channels, fill, guess, is_small, plain
 
 LIBRARIES = ("timm", "torchvision")
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -182,7 +182,7 @@ def _from_code(module: str, name: str, weights: str | Path | None) -> LoadedMode
         return LoadedModel(model, text)
     state = read_state_dict(weights)
     whole = state.keys() >= model.state_dict().keys()
-    fill(model, state if whole else unwrapped(state), weights)
+    fill(model, state if whole else plain(state), weights)
     return LoadedModel(model, f"{text} with the weights of {weights}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headplug.checkpoints import read_state_dict
+from headplug.checkpoints import below, plain_name, read_state_dict
 from headplug.errors import CheckpointError, unknown
 from headplug.files import atomic
 
@@ -51,11 +51,11 @@ def strip_backbone(
     state = source if isinstance(source, Mapping) else read_state_dict(source)
     state = {_unwrapped(str(k)): v for k, v in state.items() if isinstance(v, Tensor)}
     path = _unwrapped(path) if path else _find(state, where)
-    found = {k.removeprefix(f"{path}."): v for k, v in state.items() if k.startswith(f"{path}.")}
+    found = below(state, path)
     if not found:
         raise unknown("module in the checkpoint", path, _tops(state), "Name it: --backbone PATH.")
-    inner = {k.removeprefix("vit."): v for k, v in found.items() if k.startswith("vit.")}
-    return _named(inner or found)  # lightly's masked ViTs keep a mask token beside the ViT
+    inner = below(found, "vit")  # lightly's masked ViTs keep a mask token beside the ViT
+    return _named(inner or found)
 
 
 def save_backbone(
@@ -78,10 +78,7 @@ def save_backbone(
 
 def _unwrapped(key: str) -> str:
     """A key without what DDP, torch.compile and Lightning wrappers put in front or between."""
-    key = key.replace("._orig_mod.", ".")
-    while key.startswith(WRAPPERS):
-        key = key.partition(".")[2]
-    return key
+    return plain_name(key, WRAPPERS)
 
 
 def _tops(state: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headplug.checkpoints import plain_name
 from headplug.errors import CheckpointError
 from headplug.strip import strip_backbone
 
@@ -69,16 +70,16 @@ def backbone_in(
         return strip_backbone(state, part)
     except CheckpointError as error:
         if "several backbones" not in str(error):
-            return unwrapped(state)
+            return plain(state)
         raise CheckpointError(
             f"{where}{str(error).removeprefix('the state dict')} With its architecture: --backbone "
             "PATH=timm:NAME."
         ) from None
 
 
-def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without what DDP and torch.compile put in front of every name."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
+def plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without what DDP and torch.compile add to its names."""
+    return {plain_name(k): v for k, v in state.items()}
 
 
 def is_small(weights: Mapping[str, Tensor]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headplug.checkpoints import opened, unwrapped
+from headplug.checkpoints import below, opened, unwrapped
 from headplug.errors import CheckpointError
 
 USUAL = {  # what hosts call the head that trains; in some, `projection_head` is its EMA twin
@@ -80,13 +80,7 @@ def part_at(source: Any, path: str) -> Any:
     _, state = opened(source)
     if not isinstance(state, Mapping):
         return source
-    prefix = f"{path}."
-    part = {
-        key.removeprefix(prefix): value
-        for key, value in unwrapped(state).items()
-        if str(key).startswith(prefix)
-    }
-    return part or source
+    return below(unwrapped(state), path) or source
 
 
 def _prefixes(state: Mapping[str, Any]) -> list[str]:
@@ -96,7 +90,7 @@ def _prefixes(state: Mapping[str, Any]) -> list[str]:
 
 
 def _translated(state: Mapping[str, Any], prefix: str, head: nn.Module) -> dict[str, Any]:
-    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    found = below(state, prefix.rstrip("."))
     translate = getattr(head, "translate", None)
     if translate is not None:
         translate(found)

@@ -180,10 +180,8 @@ def _roots(around: Sequence[object]) -> Iterator[nn.Module]:
     """The modules among some objects that are no part of another, and no part of a swap."""
     everything = [o for o in around if isinstance(o, nn.Module)]
     parts = {id(p) for m in everything for p in (vars(m).get("_modules") or {}).values()}
-    for change in (
-        o for o in around if isinstance(o, Change)
-    ):  # what swaps took out, and keep for `restore`
-        parts |= {id(change.new)} if isinstance(change, InPlace) else {id(change.old)}
+    swaps = (o for o in around if isinstance(o, Change))  # they keep what they took out
+    parts |= {id(c.new) if isinstance(c, InPlace) else id(c.old) for c in swaps}
     for root in everything:
         if id(root) not in parts and "_modules" in vars(root):  # not one that is being made
             yield root

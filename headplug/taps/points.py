@@ -38,7 +38,7 @@ from headplug.hosts.twins import COPY_WORDS
 from headplug.taps.names import Name
 from headplug.taps.options import Tap
 from headplug.taps.pooling import PLAIN, Form, form_of
-from headplug.taps.wrappers import Compiled, compiled_in, is_sharded, plain, tappable, unwrapped
+from headplug.taps.wrappers import compiled_in, is_sharded, plain, tappable, unwrapped
 
 HEAD_POINTS = ("pre_projection", "projection")
 SHARED = ("backbone", *HEAD_POINTS)
@@ -78,7 +78,7 @@ class Layout:
         model: The model as given.
         root: The model without its wrappers.
         modules: Every module below the root by path.
-        compiled: Where torch.compile was used on the model or on parts of it.
+        compiled: The modules on which torch.compile was used.
         sharded: Whether FSDP keeps the weights in parts.
 
     Raises:
@@ -88,7 +88,7 @@ class Layout:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         every = tappable(model)
-        self.compiled: list[Compiled] = compiled_in(every)
+        self.compiled = compiled_in(every)
         self.sharded = is_sharded(every)
         self.root, self._prefix = unwrapped(model)
         # a compiled module has the path of the one inside it, which runs either way

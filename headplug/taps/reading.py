@@ -16,7 +16,7 @@ from headplug.taps.block import Block, Reached, ReachedCompiled
 from headplug.taps.modes import eagerly
 from headplug.taps.points import Asked, Layout, is_called
 from headplug.taps.record import Taps
-from headplug.taps.recorder import drain, recorder_of
+from headplug.taps.recorder import drain_last, recorder_of
 
 
 class Reader:
@@ -84,7 +84,7 @@ class Reader:
             out = None
             with suppress(Reached):
                 out = self._run(x) if is_called(self._layout.root) else None
-            drain()
+            drain_last()
             if not all(map(self._taps.seen, self._taps.points)):
                 with suppress(Reached):
                     finish(self._layout, x, out, self._missing, self._given)
@@ -185,7 +185,7 @@ def _count(block: Block, numbers: Sequence[Sequence[int]], takes_input: bool) ->
 def _compiler_of(layout: Layout) -> Callable[[Any], Any] | None:
     """The compiler that was used on a model as a whole, with its options."""
     wrapper: Any = layout.model
-    whole = hasattr(wrapper, "dynamo_ctx") and [c.holder for c in layout.compiled] == [wrapper]
+    whole = hasattr(wrapper, "dynamo_ctx") and layout.compiled == [wrapper]
     if not whole or len(layout.backbones) > 1:  # then hooks tell which backbone ran
         return None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
@@ -56,16 +56,17 @@ class Recorder:
     It is kept for the module from block to block, so that compiled code stays valid.
 
     Attributes:
+        listeners: Who wants to know; see `change`.
         own: Methods that the module itself had in place of its class's.
         handles: Hooks around those of others, if there are any.
         stop: Called by compiled code after each call, to end a forward pass early.
     """
 
     def __init__(self) -> None:
+        self.listeners: Sequence[Listener] = ()
         self.own: dict[str, Any] = {}
         self.handles: list[Any] = []
         self.stop: Callable[[bool], None] | None = None
-        self._listeners: list[Listener] = []
         self._threads: set[int] = set()  # that are in a call
         self._hooked: set[int] = set()  # that are about to make one, with hooks after it
         self._busy = False  # compiled code is
@@ -104,17 +105,12 @@ class Recorder:
         if not torch.compiler.is_compiling() and not _in_backward():
             self._tell(threading.get_ident(), False, args, {}, out)
 
-    def change(self, listeners: list[Listener]) -> None:
+    def change(self, listeners: Sequence[Listener]) -> None:
         """Has other listeners from now on."""
-        self._listeners = listeners
+        self.listeners = listeners
         sides = {listener.takes_input for listener in listeners}
         self._inputs, self._outputs = True in sides, False in sides
         self._only_last = all(listener.only_last for listener in listeners)
-
-    @property
-    def listeners(self) -> list[Listener]:
-        """Who wants to know."""
-        return list(self._listeners)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Recorder, ()  # the copy of a module that copies all it has is not listened to
@@ -140,25 +136,23 @@ class Recorder:
         self._busy = True
         try:
             if self._inputs:
-                given = (_copied(args), _copied(kwargs), None)
-                if self._only_last:
-                    self._last_input = given
-                else:
-                    _heap.top = _Aside(_heap.top, self, True, given)
-                if self.stop is not None:
-                    self.stop(True)
+                self._put_aside(True, (_copied(args), _copied(kwargs), None))
             out = method(*args, **kwargs)
             if self._outputs:
-                given = ((), {}, _copied(out))
-                if self._only_last:
-                    self._last_output = given
-                else:
-                    _heap.top = _Aside(_heap.top, self, False, given)
-                if self.stop is not None:
-                    self.stop(False)
+                self._put_aside(False, ((), {}, _copied(out)))
             return out
         finally:
             self._busy = False
+
+    def _put_aside(self, takes_input: bool, call: Any) -> None:
+        if not self._only_last:
+            _heap.top = _Aside(_heap.top, self, takes_input, call)
+        elif takes_input:
+            self._last_input = call
+        else:
+            self._last_output = call
+        if self.stop is not None:
+            self.stop(takes_input)
 
 
 class _Aside:
@@ -187,7 +181,9 @@ _active: dict[nn.Module, Recorder] = {}
 
 def drain() -> None:
     """Tells of what compiled code has put aside, in the order of the calls."""
-    with _lock:  # another thread may be telling of this one's
+    if _heap.top.before is None:
+        return
+    with _lock:
         calls = []
         while _heap.top.before is not None:
             calls.append(_heap.top)
@@ -197,7 +193,10 @@ def drain() -> None:
 
 
 def drain_last() -> None:
-    """The same, with the last calls of modules of which only those are wanted."""
+    """The same, with the last calls of modules of which only those are wanted.
+
+    When it returns, all has been told, also what another thread was telling of.
+    """
     with _lock:
         drain()
         for recorder in list(_active.values()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,20 +17,6 @@ from torch import nn
 from headplug.errors import TapError
 
 INNER = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-class Compiled(NamedTuple):
-    """One use of torch.compile on a module.
-
-    Attributes:
-        holder: The module that the compiled function is an attribute of.
-        attribute: Its name.
-        function: The compiled function.
-    """
-
-    holder: nn.Module
-    attribute: str
-    function: Any
 
 
 def tappable(model: Any) -> list[nn.Module]:
@@ -90,15 +76,15 @@ def is_sharded(modules: Sequence[nn.Module]) -> bool:
     return bool(kinds) and any(isinstance(m, kinds) for m in modules)
 
 
-def compiled_in(modules: Sequence[nn.Module]) -> list[Compiled]:
-    """Every use of torch.compile on one of some modules, its call or one of its methods."""
+def compiled_in(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules with a compiled call or method, once for each use of torch.compile."""
     if "torch._dynamo" not in sys.modules:
         return []
     return [
-        Compiled(module, name, value)
+        module
         for module in modules
         if FunctionType in map(type, vars(module).values())
-        for name, value in vars(module).items()
+        for value in vars(module).values()
         if hasattr(value, "_torchdynamo_orig_callable") and type(value) is FunctionType
     ]
 

@@ -343,25 +343,16 @@ def test_another_package_called_solo_is_left_alone(work: Any, methods: str) -> N
     (package.parent / "__init__.py").touch()
     (package / "__init__.py").write_text(f"Y = 1\n{methods}\n")
     app = package.parents[1] / "app.py"
-    app.write_text(
-        "import hydra, solo.methods\n"
-        "@hydra.main(version_base='1.2')\n"
-        "def main(cfg):\n"
-        "    print(cfg, solo.methods.Y)\n"
-        "main()\n"
-    )
-    done = work.run(str(app), "+headplug=word")
-    assert done.stdout == "{'headplug': 'word'} 1\n", done.stderr[-3000:]
-    app.write_text(
-        "import hydra\n"
-        "@hydra.main(version_base='1.2')\n"
-        "def main(cfg):\n"
-        "    import solo.methods\n"
-        "    print(cfg, solo.methods.Y)\n"
-        "main()\n"
-    )
-    done = work.run(str(app), "+headplug=word")
-    assert done.stdout == "{'headplug': 'word'} 1\n", done.stderr[-3000:]
+    for top, inside in (("import solo.methods\n", ""), ("", "    import solo.methods\n")):
+        app.write_text(
+            f"import hydra\n{top}"
+            "@hydra.main(version_base='1.2')\n"
+            f"def main(cfg):\n{inside}"
+            "    print(cfg, solo.methods.Y)\n"
+            "main()\n"
+        )
+        done = work.run(str(app), "+headplug=word")
+        assert done.stdout == "{'headplug': 'word'} 1\n", done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
