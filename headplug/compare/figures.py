@@ -122,6 +122,15 @@ def drawn(runs: Runs, look: Mapping[str, Look]) -> Iterator[tuple[str, str]]:
             "(projection). A curve that falls early means features in few directions."
         )
         yield text, spectrum(runs, look)
+    for probe, grids in _grids(runs).items():
+        head = runs[0]["head"] if not look else next(iter(look))
+        mine = [grid for grid, of_head in grids if of_head == head]
+        if mine:
+            text = (
+                f"Every setting of the {probe} probe at every layer, for {head}, where they are "
+                "chosen; the mark is the choice."
+            )
+            yield text, heat(mine, probe)
     if any(run.get("losses") for run in runs):
         text = "Training loss, one line per run. Losses of different heads do not compare."
         yield text, losses(runs, look)
@@ -187,6 +196,33 @@ def spectrum(runs: Runs, look: Mapping[str, Look]) -> str:
     return _svg(draw, "Feature spectrum before and after the head")
 
 
+def heat(grids: Sequence[Mapping[str, Any]], probe: str) -> str:
+    """Accuracy in per cent of every setting (columns) at every tap (rows) of one run."""
+    settings = grids[0]["settings"]
+
+    def draw(ax: Any) -> None:
+        values = [100 * _array(grid["values"]) for grid in grids]
+        mesh = ax.pcolormesh(np.stack(values), edgecolor="none", rasterized=False)
+        ax.figure.colorbar(mesh, ax=ax, label="accuracy, %")
+        rows = np.arange(len(grids)) + 0.5
+        chosen = np.array([grid["chosen"] for grid in grids]) + 0.5
+        ax.plot(
+            chosen, rows, "o", markersize=5, markerfacecolor="none", markeredgecolor=COLOURS[1][0]
+        )
+        names = [str(grid["tap"]).removeprefix("backbone.") for grid in grids]
+        ax.set_yticks(rows, names, fontsize=8.5)
+        varying = [k for k in settings[0] if len({str(s[k]) for s in settings}) > 1]
+        step = -(-len(settings) // 12)
+        labels = [" ".join(str(s[k]) for k in varying if s[k] is not None) for s in settings]
+        ax.set_xticks(
+            np.arange(0, len(settings), step) + 0.5, labels[::step], rotation=90, fontsize=7
+        )
+        ax.set_xlabel(", ".join(varying))
+        ax.grid(visible=False)
+
+    return _svg(draw, f"Every setting of the {probe} probe")
+
+
 def losses(runs: Runs, look: Mapping[str, Look]) -> str:
     """The training loss of every run, by epoch."""
 
@@ -201,6 +237,17 @@ def losses(runs: Runs, look: Mapping[str, Look]) -> str:
         ax.set_ylabel("training loss")
 
     return _svg(draw, "Training loss by epoch", height=2.3)
+
+
+def _grids(runs: Runs) -> dict[str, list[tuple[Mapping[str, Any], str]]]:
+    """By probe the grids with several settings, of the first seed of each head, with the head."""
+    found: dict[str, list[tuple[Mapping[str, Any], str]]] = {}
+    first = {run["head"]: run for run in reversed(runs)}
+    for head, run in first.items():
+        for grid in run.get("grids") or ():
+            if len(grid["settings"]) > 1 and grid["shots"] is None:
+                found.setdefault(grid["probe"], []).append((grid, head))
+    return found
 
 
 def _by_head(runs: Runs, look: Mapping[str, Look]) -> list[tuple[str, Runs]]:

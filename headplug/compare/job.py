@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from headplug.compare.data import ImageData, load_data
@@ -25,7 +24,7 @@ from headplug.compare.processes import is_first, wait
 from headplug.compare.recipes import recipe
 from headplug.compare.report import write_report
 from headplug.compare.run import RECORD, Runner, trained_head
-from headplug.compare.summary import summarize
+from headplug.compare.summary import hits_of, summarize
 from headplug.errors import HeadplugError, RunError
 from headplug.files import write_json
 from headplug.probing import DEFINITIONS
@@ -121,10 +120,6 @@ def _write_results(
             run = json.loads((folder / RECORD).read_text("utf-8"))
             folders[run["head"], run["seed"]] = folder
             runs.append(run)
-    hits = {}
-    for key, folder in folders.items():
-        with np.load(folder / "hits.npz") as file:
-            hits[key] = {tuple(name.rsplit("|", 1)): file[name] for name in file.files}
     times = head_step_ms(
         {label: trained_head(f) for (label, _), f in folders.items()}, plan.batch_size
     )
@@ -150,7 +145,7 @@ def _write_results(
         "failed": failed,
         "summary": summarize(
             runs,
-            hits,
+            hits_of(runs),
             default_head=next((n for n in labels if n.partition("[")[0] == default), default),
             probes=list(plan.probes),
         ),

@@ -1,8 +1,7 @@
 """One run: a head and a seed, trained, read at every layer and probed.
 
-Its folder holds run.json (the record), hits.npz (which test images each probe got right) and
-model.safetensors (backbone and head); checkpoint.ckpt until it is finished. run.json is written
-last, so that it says that the others are there.
+Its folder holds run.json (the record) and model.safetensors (backbone and head); checkpoint.ckpt
+until it is finished. run.json is written last, so that it says that the other is there.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
@@ -27,7 +25,7 @@ from headplug.compare.data import ImageData
 from headplug.compare.plan import HeadChoice, Plan
 from headplug.compare.processes import is_first, wait
 from headplug.compare.recipes import recipe
-from headplug.compare.summary import headline
+from headplug.compare.summary import as_record, headline
 from headplug.compare.train import EpochBatches, SSLModel, train
 from headplug.device import pick_device
 from headplug.files import atomic, write_json
@@ -107,14 +105,12 @@ class Runner:
             "head_params_trainable": trainable,
             "head_params_frozen": frozen,
             "losses": model.losses,
-            "taps": report.rows,
-            "spectra": report.spectra,
+            **as_record(report),
         }
         if autoencoder is not None:
             losses = [epoch["val_loss"] for epoch in autoencoder.history]
             record["autoencoder"] = {"val_mse": min(losses), "epochs": len(losses)}
-        hits = {f"{t}|{p}": v == tested.labels for (t, p), v in report.predictions.items()}
-        _finish(folder, model, hits, record)
+        _finish(folder, model, record)
         return f"{record['train_images_per_s']:.0f} images/s, {_before_and_after(report)}"
 
     def _model(self, choice: HeadChoice, seed: int, autoencoder: Autoencoder | None) -> SSLModel:
@@ -204,17 +200,13 @@ def trained_head(folder: Path) -> nn.Module:
     return head
 
 
-def _finish(
-    folder: Path, model: SSLModel, hits: Mapping[str, Any], record: Mapping[str, Any]
-) -> None:
+def _finish(folder: Path, model: SSLModel, record: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     state = model.state_dict()
     weights = {k: v.contiguous() for k, v in state.items() if k.startswith(("backbone.", HEAD))}
     with atomic(folder / "model.safetensors") as partial:
         save_file(weights, partial, metadata={"head": json.dumps(record["head_config"])})
-    with atomic(folder / "hits.npz") as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **{k: v.numpy() for k, v in hits.items()})
     write_json(folder / RECORD, record)
     (folder / "checkpoint.ckpt").unlink(missing_ok=True)
 

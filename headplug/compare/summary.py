@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-DRAWS = 2000
+from headplug.probing import LayerReport
+from headplug.probing.intervals import bootstrap
+from headplug.probing.report import unpacked
+
 METHOD = "paired bootstrap over test images and seeds"
 Hits = Mapping[tuple[str, int], Mapping[tuple[str, str], np.ndarray]]
 
@@ -86,6 +89,24 @@ def summarize(
     }
 
 
+def as_record(report: LayerReport) -> dict[str, Any]:
+    """What results.json keeps of the probes of one run."""
+    content = report.content
+    kept = {key: content[key] for key in ("spectra", "grids", "hits", "about")}
+    return {"taps": report.rows, **kept}
+
+
+def hits_of(runs: Sequence[Mapping[str, Any]]) -> Hits:
+    """Which test images each probe classified rightly, out of the runs' records."""
+    return {
+        (run["head"], run["seed"]): {
+            (row["tap"], row["probe"]): unpacked(hits).double().mean(0).numpy()
+            for row, hits in zip(run["taps"], run["hits"], strict=True)
+        }
+        for run in runs
+    }
+
+
 def headline(probes: Sequence[str]) -> str:
     """The probe that decides: "linear" if it ran, else the first."""
     return "linear" if "linear" in probes else probes[0]
@@ -106,16 +127,11 @@ def _best_row(runs: Sequence[Mapping[str, Any]], label: str, probe: str) -> dict
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    return ours.astype(np.int8) - theirs.astype(np.int8)
+    difference: np.ndarray = ours.astype(float) - theirs.astype(float)
+    return difference
 
 
 def _interval(values: np.ndarray, name: str) -> dict[str, float]:
     """Mean of (seeds, images) and its 95% bootstrap interval."""
-    rng = np.random.default_rng(0)
-    seeds, images = values.shape
-    draws = np.empty(DRAWS)
-    for i in range(DRAWS):
-        mean_image = values[rng.integers(seeds, size=seeds)].mean(axis=0)
-        draws[i] = mean_image[rng.integers(images, size=images)].mean()
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {name: float(values.mean()), "low": float(low), "high": float(high)}
+    low, high = bootstrap(values)
+    return {name: float(values.mean()), "low": low, "high": high}

@@ -5,12 +5,15 @@ Nothing here draws from the global random state or keeps a second copy of the fe
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from headplug.errors import DataError
 
-CHUNK = 2**23  # values converted to float64 at a time: 64 MiB
+CHUNK = 2**18  # values at a time: they stay in the cache
 
 
 def check_features(features: Tensor) -> Tensor:
@@ -27,6 +30,8 @@ def check_features(features: Tensor) -> Tensor:
     features = features.detach()
     if not features.is_floating_point():
         features = features.float()
+    if torch.isfinite(features.sum(dtype=torch.promote_types(features.dtype, torch.float32))):
+        return features  # one pass; a sum that only overflows is looked at more closely
     finite = torch.isfinite(features).all(dim=1)
     if not finite.all():
         bad = len(finite) - int(finite.sum())
@@ -37,32 +42,85 @@ def check_features(features: Tensor) -> Tensor:
     return features
 
 
-def check_labels(labels: Tensor, count: int, num_classes: int | None = None) -> tuple[Tensor, int]:
-    """The labels `(N,)` as int64, and the number of classes.
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What probes are to predict of each sample, in the form that every probe takes.
+
+    Attributes:
+        kind: "classes" (one of several), "multilabel" (any of several) or "regression".
+        values: Class indices from 0 `(N,)`, int64; or `(N, K)`, bool; or `(N, K)`, floats.
+        outputs: Number of classes, of labels, or of numbers to predict.
+    """
+
+    kind: Literal["classes", "multilabel", "regression"]
+    values: Tensor
+    outputs: int
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: Tensor | slice) -> Targets:
+        return replace(self, values=self.values[rows])
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device."""
+        return replace(self, values=self.values.to(device))
+
+    def dense(self) -> Tensor:
+        """As numbers to fit `(N, K)`, float32: 1 or 0 for each class or label; else the values."""
+        if self.kind != "classes":
+            return self.values.float()
+        out = torch.zeros(len(self), self.outputs, device=self.values.device)
+        return out.scatter_(1, self.values[:, None], 1.0)
+
+
+def as_targets(labels: Tensor | Targets, count: int, num_classes: int | None = None) -> Targets:
+    """Checked targets of `count` samples.
 
     Args:
-        labels: Class indices from 0.
-        count: Number of samples that must have a label.
-        num_classes: Left out, the highest label plus one.
+        labels: `(N,)` integers are classes, `(N, K)` integers or bools of 0 and 1 are labels of
+            which any may hold, floats `(N,)` or `(N, K)` are numbers to predict.
+        count: Number of samples that must have one.
+        num_classes: Of classes; left out, the highest label plus one.
 
     Raises:
         DataError: Their number, type or range is wrong.
+
+    >>> as_targets(torch.tensor([0, 2]), 2).outputs
+    3
+    >>> as_targets(torch.tensor([[0, 1], [1, 1]]), 2).kind
+    'multilabel'
     """
-    if labels.ndim != 1 or len(labels) != count:
+    values = labels.values if isinstance(labels, Targets) else labels.detach()
+    if values.ndim not in (1, 2) or len(values) != count or not values.numel():
         raise DataError(
-            f"there are {count} samples and labels of shape {tuple(labels.shape)}; give one label "
-            "a sample."
+            f"there are {count} samples and labels of shape {tuple(values.shape)}; give one label "
+            "a sample, or a row of labels."
         )
-    if labels.is_floating_point() or labels.is_complex():
-        raise DataError(f"labels must be integers, not {labels.dtype}; use labels.long().")
-    low, high = int(labels.min()), int(labels.max())
+    if isinstance(labels, Targets):
+        return labels
+    if values.is_complex():
+        raise DataError(f"labels must be real numbers, not {values.dtype}.")
+    if values.is_floating_point():
+        if not torch.isfinite(values).all():
+            raise DataError("labels hold NaN or infinity; leave those samples out.")
+        values = values[:, None] if values.ndim == 1 else values
+        return Targets("regression", values, values.shape[1])
+    low, high = int(values.min()), int(values.max())
+    if values.ndim == 2:
+        if low < 0 or high > 1:
+            raise DataError(
+                f"labels of shape {tuple(values.shape)} must be 0 or 1, not {low} to {high}; for "
+                "classes give one index a sample, for numbers to predict use labels.float()."
+            )
+        return Targets("multilabel", values.bool(), values.shape[1])
     if low < 0 or (num_classes is not None and high >= num_classes):
         raise DataError(
             f"labels run from {low} to {high}, but must be class indices from 0"
             f"{'' if num_classes is None else f' to {num_classes - 1}'}; see torch.unique(labels, "
             "return_inverse=True)."
         )
-    return labels.long(), high + 1 if num_classes is None else num_classes
+    return Targets("classes", values.long(), high + 1 if num_classes is None else num_classes)
 
 
 def chunks(features: Tensor) -> tuple[Tensor, ...]:
@@ -75,21 +133,28 @@ def mean_and_std(features: Tensor) -> tuple[Tensor, Tensor]:
 
     The deviation is the population's, as in scikit-learn's StandardScaler. A feature that varies by
     less than float32 can resolve counts as constant and gets a deviation of 1, so that dividing by
-    it makes zeros and no NaN.
+    it makes zeros and no NaN. Values are summed relative to about their mean, in float32 within a
+    block of rows.
 
     >>> mean_and_std(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))[1]
     tensor([1., 1.], dtype=torch.float64)
     """
-    count = len(features)
-    mean = features.new_zeros(features.shape[1], dtype=torch.float64)
+    kind = torch.promote_types(features.dtype, torch.float32)
+    count, shift = len(features), features[:1024].double().mean(0).to(kind)
+    total, squares = torch.zeros(2, features.shape[1], dtype=torch.float64, device=shift.device)
     for block in chunks(features):
-        mean += block.double().sum(0) / count
-    variance = torch.zeros_like(mean)
-    for block in chunks(features):
-        variance += (block.double() - mean).square().sum(0) / count
-    std = variance.sqrt()
-    constant = std <= torch.finfo(torch.float32).eps * mean.abs()
-    return mean, std.masked_fill(constant, 1.0)
+        x = block.to(kind) - shift
+        total += x.sum(0)
+        squares += x.square_().sum(0)
+    offset = total / count
+    mean = shift.double() + offset
+    return mean, deviation(squares / count - offset.square(), mean)
+
+
+def deviation(variance: Tensor, mean: Tensor) -> Tensor:
+    """The square root of a variance; 1 for what varies by less than float32 can resolve."""
+    std = variance.clamp(min=0).sqrt()
+    return std.masked_fill(std <= torch.finfo(torch.float32).eps * mean.abs(), 1.0)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:

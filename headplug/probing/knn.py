@@ -1,8 +1,7 @@
-"""k-nearest-neighbour classification for a whole grid of settings at the price of one.
+"""k-nearest-neighbour prediction for a whole grid of settings at the price of one.
 
 Finding the neighbours is nearly all of the work, so each distance is searched once, for the
-largest k, and every k, temperature and vote rule reads the same list. Memory stays bounded whatever
-the size of bank and queries, in blocks thick enough to keep the matrix product fast.
+largest k, and every k, temperature and vote rule reads the same list.
 """
 
 from __future__ import annotations
@@ -10,184 +9,249 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headplug.errors import DimensionError, OptionError, unknown
+from headplug.errors import DataError, OptionError, unknown
 from headplug.heads.base import positive
-from headplug.probing.data import check_features, check_labels
+from headplug.probing.data import Targets, as_targets, check_features
+from headplug.probing.neighbours import CELLS, ROWS, Bank, Part
+from headplug.store.ranks import Team
 
 DISTANCES = ("cosine", "euclidean")
-ROWS = 256  # queries a block at least; thinner blocks cost up to 1.5 times as much
-CELLS = 2**24  # similarities held at a time: 64 MiB
-BANK = CELLS // ROWS  # bank rows a block at most
+CPU = torch.device("cpu")
+VOTES = ("equal", "exp", "inverse")
 
 
 class KNNSetting(NamedTuple):
     """One way to vote.
 
+    ========= ======================= ======================================================
+    votes     weight of a neighbour   the same as
+    ========= ======================= ======================================================
+    "equal"   1                       scikit-learn's `weights="uniform"`
+    "exp"     `exp(s / temperature)`  arXiv 1805.01978; lightly's `knn_predict`; solo-learn's
+                                      `WeightedKNNClassifier` and DINO on the cosine
+    "inverse" `1 / (d + temperature)` scikit-learn's `weights="distance"` (at 0); solo-learn on the
+                                      Euclidean distance (1e-5); stable-pretraining (0.07)
+    ========= ======================= ======================================================
+
+    `s` is the cosine similarity and `d` the distance: the Euclidean one, or `1 - s`. Where a
+    neighbour is at distance 0 and the temperature is 0, only such neighbours vote.
+
     Attributes:
         k: Number of neighbours.
         distance: "cosine" or "euclidean".
-        temperature: With a number `T`, a neighbour at cosine similarity `s` weighs `exp(s / T)`
-            (arXiv 1805.01978, as lightly's `knn_predict` and solo-learn's `main_knn`). With None
-            every neighbour weighs the same, as in scikit-learn's `KNeighborsClassifier`.
+        votes: "equal", "exp" (on the cosine alone) or "inverse".
+        temperature: A positive number for "exp"; 0 or more for "inverse", where None is 0.
     """
 
     k: int
     distance: str = "cosine"
+    votes: str = "equal"
     temperature: float | None = None
 
 
 def knn_grid(
     ks: Sequence[int] = (1, 5, 10, 20, 50, 200),
     temperatures: Sequence[float] = (0.05, 0.07, 0.1, 0.5),
+    distances: Sequence[str] = DISTANCES,
+    votes: Sequence[str] = VOTES,
 ) -> list[KNNSetting]:
-    """Every k with every temperature on cosine similarity, and with equal votes on the distance.
+    """Every k with every distance and vote rule, and "exp" with every temperature.
 
     >>> len(knn_grid())
-    30
+    48
+    >>> knn_grid([20], [0.07], votes=["exp"])
+    [KNNSetting(k=20, distance='cosine', votes='exp', temperature=0.07)]
     """
-    weighted = [KNNSetting(k, "cosine", t) for k in ks for t in temperatures]
-    return weighted + [KNNSetting(k, "euclidean") for k in ks]
+    rules = [("cosine", "exp", t) for t in temperatures] + [
+        (distance, rule, None) for distance in DISTANCES for rule in ("equal", "inverse")
+    ]
+    return [
+        KNNSetting(k, distance, rule, t)
+        for distance, rule, t in rules
+        if distance in distances and rule in votes
+        for k in ks
+    ]
 
 
 @torch.no_grad()
 def knn_predict(
     bank: Tensor,
-    labels: Tensor,
+    labels: Tensor | Targets,
     queries: Tensor,
     settings: Sequence[KNNSetting],
     *,
     num_classes: int | None = None,
+    group: Any = None,
 ) -> Tensor:
-    """Classes of the queries by a vote of their nearest neighbours, for every setting.
+    """What the nearest neighbours of the queries say, for every setting.
 
-    Features are used as they are: normalised for the cosine, not standardised. When classes have
-    equal votes the lowest class index wins, as in scikit-learn. Which of several equally distant
-    samples counts as the k-th neighbour is left to `torch.topk`.
+    Features are used as they are: normalised for the cosine, not standardised. Of classes with
+    equal votes the lowest index wins, as in scikit-learn; of samples that are equally near to the
+    last bit the lower index comes first.
+
+    With `group` every process calls this with its own part of the bank and its own queries; either
+    may be empty on some, of shape `(0, D)`. Each process gets what one process with the whole bank
+    would give for its queries, up to the rounding of float32. No process holds more than a piece of
+    the others' features. Bad input on one ends with an error on all.
 
     Args:
-        bank: Features with known classes `(N, D)`.
-        labels: Their classes `(N,)`.
-        queries: Features to classify `(M, D)`, on the bank's device.
+        bank: Features with known labels `(N, D)`.
+        labels: Their classes, labels or numbers; see `as_targets`.
+        queries: Features to predict for `(M, D)`. The bank may be on another device.
         settings: The grid.
         num_classes: Left out, the highest label plus one.
+        group: Processes of torch.distributed that share the work, such as
+            `torch.distributed.group.WORLD`.
 
     Returns:
-        Predicted classes `(S, M)`, one row a setting. A k above the bank's size is clamped, with a
-        warning.
+        On the queries' device, one row a setting: winning classes `(S, M)`; for several labels the
+        share of the votes that each got `(S, M, K)`; for numbers the weighted mean `(S, M, K)`. A k
+        above the bank's size is clamped, with a warning.
 
     Raises:
         DimensionError: Bank and queries differ in width.
         DataError: Features or labels cannot be used.
         OptionError: A setting has an impossible value.
+        RunError: Another process of the group failed.
 
     >>> bank, labels = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), torch.tensor([0, 0, 1])
-    >>> settings = [KNNSetting(1), KNNSetting(3, temperature=0.1)]
+    >>> settings = [KNNSetting(1), KNNSetting(3, votes="exp", temperature=0.1)]
     >>> knn_predict(bank, labels, torch.tensor([[0.1, 1.0]]), settings)
     tensor([[1],
             [1]])
     """
-    bank, queries = check_features(bank), check_features(queries)
-    labels, classes = check_labels(labels, len(bank), num_classes)
-    if bank.shape[1] != queries.shape[1]:
-        raise DimensionError(
-            f"the bank has {bank.shape[1]} features a sample and the queries "
-            f"{queries.shape[1]}; take both from the same tap."
-        )
-    settings = [_checked(s, len(bank)) for s in settings]
-    out = torch.empty(len(settings), len(queries), dtype=torch.long, device=queries.device)
+    team = Team(group)
+
+    def own() -> _Own:
+        for features in (bank, queries):
+            if not group or features.shape[:1] != (0,):
+                check_features(features)
+        for setting in settings:
+            _check(setting)
+        targets = as_targets(labels, len(bank), num_classes).to(CPU) if len(bank) else None
+        return _Own(Part.of(bank, queries), targets, list(settings))
+
+    found = team.each(own)
+    if any(o.settings != found[0].settings for o in found):
+        raise OptionError("the processes ask for different settings; give all of them the same.")
+    whole = Bank(bank, [o.part for o in found], group)
+    targets = _joined([o.targets for o in found if o.targets]).to(queries.device)
+    settings = _clamped(settings, whole.size)
+    out = queries.new_empty(
+        (len(settings), len(queries)) + (() if targets.kind == "classes" else (targets.outputs,)),
+        dtype=torch.long if targets.kind == "classes" else torch.float32,
+    )
     for distance in DISTANCES:
         mine = [(i, s) for i, s in enumerate(settings) if s.distance == distance]
         if not mine:
             continue
+        mine.sort(key=lambda pair: (*_rule(pair), pair[1].k))
         largest = max(s.k for _, s in mine)
-        for rows, near, index in _neighbours(bank, queries, largest, distance):
-            votes = _Votes(near, labels[index], classes)
-            order = sorted(mine, key=lambda pair: (pair[1].temperature or 0.0, pair[1].k))
-            for temperature, group in groupby(order, key=lambda pair: pair[1].temperature):
-                votes.start(temperature)
-                for i, s in group:
-                    out[i, rows] = votes.winner(s.k)
+        run = max(ROWS, CELLS // max(largest, targets.outputs))
+        for rows, far, index in whole.nearest(queries, largest, distance, run):
+            for (votes, temperature), same in groupby(mine, _rule):
+                pairs = list(same)
+                weights = _weights(far, votes, temperature)
+                results = _outcomes(targets, index, weights, [s.k for _, s in pairs])
+                for (i, _), result in zip(pairs, results, strict=True):
+                    out[i, rows] = result
     return out
 
 
-class _Votes:
-    """Votes of ever more neighbours, so that a k goes on from where the smaller one stopped."""
+class _Own(NamedTuple):
+    """What one process tells the others."""
 
-    def __init__(self, near: Tensor, labels: Tensor, classes: int) -> None:
-        self.near, self.labels = near, labels
-        self.counts = near.new_empty(len(near), classes)
-
-    def start(self, temperature: float | None) -> None:
-        self.counts.zero_()
-        self.used = 0
-        if temperature is None:
-            self.weights = torch.ones_like(self.near)
-        else:  # relative to the nearest, which changes no winner and cannot overflow
-            self.weights = ((self.near - self.near[:, :1]) / temperature).exp_()
-
-    def winner(self, k: int) -> Tensor:
-        new = slice(self.used, k)
-        self.counts.scatter_add_(1, self.labels[:, new], self.weights[:, new])
-        self.used = k
-        return self.counts.argmax(dim=1)
+    part: Part
+    targets: Targets | None
+    settings: list[KNNSetting]
 
 
-def _neighbours(
-    bank: Tensor, queries: Tensor, k: int, distance: str
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For blocks of queries: their rows, and nearness and index of the `k` nearest, in order."""
-    bank, queries, offset = _comparable(bank, queries, distance)
-    block = max(ROWS, CELLS // min(len(bank), BANK))
-    for start in range(0, len(queries), block):
-        part = queries[start : start + block]
-        values = part.new_empty(len(part), 0)
-        index = values.long()
-        for first in range(0, len(bank), BANK):
-            piece = slice(first, first + BANK)
-            near = torch.addmm(offset[piece], part, bank[piece].T)
-            new, where = near.topk(min(k, near.shape[1]), dim=1)
-            values, index = torch.cat([values, new], 1), torch.cat([index, where + first], 1)
-            if first:  # merge with what earlier pieces gave
-                values, best = values.topk(min(k, values.shape[1]), dim=1)
-                index = index.gather(1, best)
-        yield slice(start, start + len(part)), values, index
+def _rule(pair: tuple[int, KNNSetting]) -> tuple[str, float]:
+    return pair[1].votes, pair[1].temperature or 0.0
 
 
-def _comparable(bank: Tensor, queries: Tensor, distance: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Both in float32, and an offset `(N,)`: product plus offset is larger for nearer samples."""
-    # by a power of two, which is exact, so that no square leaves the range of float32
-    scale = -torch.frexp(bank.abs().amax().float()).exponent
-    bank, queries = (torch.ldexp(x.float(), scale) for x in (bank, queries))
-    if distance == "cosine":
-        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-        return bank, queries, bank.new_zeros(len(bank))
-    middle = bank.mean(0)  # distances do not change, but lose fewer digits
-    bank, queries = bank - middle, queries - middle
-    return bank, queries, bank.square().sum(1).mul_(-0.5)
+def _weights(far: Tensor, votes: str, temperature: float) -> Tensor:
+    """Relative to the nearest neighbour, which changes no outcome and cannot overflow."""
+    if votes == "exp":
+        return ((far[:, :1] - far) / temperature).exp_()
+    if votes == "inverse":
+        far = far + temperature
+        return (far[:, :1] / far).nan_to_num_(nan=1.0)  # 0 / 0: a duplicate
+    return torch.ones_like(far)
 
 
-def _checked(setting: KNNSetting, size: int) -> KNNSetting:
+def _outcomes(targets: Targets, index: Tensor, weights: Tensor, ks: list[int]) -> Iterator[Tensor]:
+    """For each k, in ascending order, winners `(M,)` or means `(M, K)`.
+
+    A k goes on from where the smaller one stopped.
+    """
+    classes = targets.kind == "classes"
+    said = targets.values[index] if classes else targets.dense()
+    votes = weights.new_zeros(len(index), targets.outputs)
+    for start, k in pairwise([0, *ks]):
+        new = slice(start, k)
+        if classes:
+            votes.scatter_add_(1, said[:, new], weights[:, new])
+            yield votes.argmax(dim=1)
+        else:
+            votes += F.embedding_bag(
+                index[:, new], said, mode="sum", per_sample_weights=weights[:, new]
+            )
+            yield votes / weights[:, :k].sum(1, keepdim=True)
+
+
+def _joined(found: list[Targets]) -> Targets:
+    """The targets of all processes, one after the other."""
+    kinds = sorted({t.kind if t.kind == "classes" else f"{t.outputs} {t.kind}" for t in found})
+    if len(kinds) > 1:
+        raise DataError(
+            f"the processes give labels of different kinds: {' and '.join(kinds)}; give all of "
+            "them the same."
+        )
+    values = torch.cat([t.values for t in found])
+    return replace(found[0], values=values, outputs=max(t.outputs for t in found))
+
+
+def _check(setting: KNNSetting) -> None:
     positive("k", setting.k)
     if setting.distance not in DISTANCES:
         raise OptionError(str(unknown("distance", setting.distance, DISTANCES)))
+    if setting.votes not in VOTES:
+        raise OptionError(str(unknown("vote rule", setting.votes, VOTES)))
     t = setting.temperature
-    if t is not None and not (math.isfinite(t) and t > 0):
-        raise OptionError(f"temperature must be a positive number or None, not {t!r}.")
-    if t is not None and setting.distance != "cosine":
+    if setting.votes == "equal" and t is not None:
         raise OptionError(
-            f"a temperature weighs cosine similarities, not {setting.distance} distances; leave it "
-            'out or take distance="cosine".'
+            f'equal votes have no temperature, not even {t!r}; add votes="exp" or votes="inverse", '
+            "or leave it out."
         )
-    if setting.k > size:
+    if setting.votes == "exp" and setting.distance != "cosine":
+        raise OptionError(
+            f'votes="exp" weighs cosine similarities, not {setting.distance} distances; take '
+            'votes="inverse" or distance="cosine".'
+        )
+    if setting.votes == "exp" and not (t is not None and math.isfinite(t) and t > 0):
+        raise OptionError(f'votes="exp" needs a positive temperature such as 0.07, not {t!r}.')
+    if t is not None and not (math.isfinite(t) and t >= 0):
+        raise OptionError(
+            f"the temperature of inverse votes is added to distances and must be 0 or more, not "
+            f"{t!r}."
+        )
+
+
+def _clamped(settings: Sequence[KNNSetting], size: int) -> list[KNNSetting]:
+    over = sorted({s.k for s in settings if s.k > size})
+    if over:
         warnings.warn(
-            f"k={setting.k} is more than the bank's {size} samples; all {size} vote.", stacklevel=3
+            f"k={' and '.join(map(str, over))} is more than the bank's {size} samples; all {size} "
+            "vote.",
+            stacklevel=4,
         )
-        return setting._replace(k=size)
-    return setting
+    return [s._replace(k=min(s.k, size)) for s in settings]

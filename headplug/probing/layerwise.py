@@ -1,116 +1,86 @@
-"""Every probe at every tap, with hyper-parameters chosen without a look at the test labels.
+"""Every probe at every tap, with settings chosen without a look at the test labels.
 
-Everything is checked before the first probe runs; settings are chosen on a stratified held-out part
-of the training samples, the probe is then fitted to all of them and meets the test samples once.
-The caller's random state, grad mode, default type and device stay as they are.
+Everything is checked before the first probe runs. Settings are chosen on a held-out part of train,
+or by leaving one out where a probe gives that for nothing; the probe is then fitted to all of train
+and meets the test samples once. A protocol may say otherwise; every row says what was done. The
+caller's random state, grad mode, default type and device stay as they are.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headplug.device import pick_device
-from headplug.errors import DataError, OptionError, unknown
-from headplug.probing.data import check_features, stratified_split
-from headplug.probing.knn import knn_grid, knn_predict
-from headplug.probing.linear import fit_linear, linear_grid
-from headplug.probing.report import LayerReport, wilson_interval
-from headplug.probing.ridge import fit_ridge, ridge_grid
-from headplug.probing.spectrum import spectrum
+from headplug.diagnostics import describe
+from headplug.errors import OptionError, unknown
+from headplug.probing.intervals import bootstrap, bootstrap_scores, quantiles, wilson_interval
+from headplug.probing.metrics import METRICS, score
+from headplug.probing.probes import PROBES, Fitted, Probe, probes_of
+from headplug.probing.protocols import PROTOCOLS, SELECT_ON, ProbeProtocol
+from headplug.probing.report import LayerReport
+from headplug.probing.table import ON_TEST
+from headplug.probing.tasks import Features, Task, View, check_taps, few, views
 from headplug.progress import progress
-
-
-class Features(Protocol):
-    """Features by tap, with labels: what `FeatureStore` offers."""
-
-    @property
-    def points(self) -> Sequence[str]:
-        """Tap names in depth order."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Class of each sample `(N,)`."""
-
-    def __getitem__(self, point: str, /) -> Tensor:
-        """Features of one tap `(N, D)`."""
-
-
-class _Split(NamedTuple):
-    """Samples to fit on and samples to predict."""
-
-    features: Tensor
-    labels: Tensor  # indices into the classes
-    queries: Tensor
-    classes: int
-
-
-class _Probe(NamedTuple):
-    """Its grid for a number of training samples, and its predictions `(S, M)` for settings."""
-
-    grid: Callable[[int], Sequence[Any]]
-    predict: Callable[[_Split, Sequence[Any], int], Tensor]
-
-
-PROBES = {
-    "knn": _Probe(
-        lambda count: [s for s in knn_grid() if s.k <= count],
-        lambda s, grid, seed: knn_predict(
-            s.features, s.labels, s.queries, grid, num_classes=s.classes
-        ),
-    ),
-    "linear": _Probe(
-        lambda count: linear_grid(),
-        lambda s, grid, seed: fit_linear(
-            s.features, s.labels, grid, num_classes=s.classes, seed=seed
-        ).predict(s.queries),
-    ),
-    "ridge": _Probe(
-        lambda count: ridge_grid(),
-        lambda s, grid, seed: fit_ridge(s.features, s.labels, grid, num_classes=s.classes).predict(
-            s.queries
-        ),
-    ),
-}
+from headplug.store.ranks import team
 
 
 @torch.no_grad()
 def probe_layers(
     train: Features,
     test: Features,
-    probes: Sequence[str] = ("knn", "linear", "ridge"),
+    probes: str | Sequence[str] | Mapping[str, Any] | None = None,
     *,
-    held_out: float = 0.2,
+    tasks: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    shots: Sequence[int] = (),
+    draws: int = 5,
+    protocol: str | ProbeProtocol = "headplug",
+    select_on: str | None = None,
+    held_out: float | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
+    distributed: bool = False,
     show_progress: bool = False,
 ) -> LayerReport:
-    """Classifies the features of every tap with every probe and reports test accuracies.
+    """Probes the features of every tap and reports what each probe reaches on the test samples.
 
-    Grids: kNN with k 1 to 200 on cosine similarity (four temperatures) and Euclidean distance
-    (equal votes); linear with six learning rates and three weight decays; ridge with twelve
-    penalties. Of settings that do equally well the first in the grid is taken. A tap whose features
-    are all the same is probed like any other, with a warning: its rows show what guessing gives.
+    Labels `(N,)` of integers are classes (accuracy), `(N, K)` of 0 and 1 are labels of which any
+    may hold (mean average precision), floats are numbers to predict (R²). Of settings that do
+    equally well the first is taken. A tap whose features are all the same is probed like any other,
+    with a warning: its rows show what guessing gives.
 
     Args:
         train: Features to fit on and to choose settings on, e.g. a `FeatureStore`.
-        test: Features to report accuracies on, of the same taps.
-        probes: Any of "knn", "linear", "ridge".
-        held_out: Part of each class of `train` that settings are chosen on. A class of one sample
-            is not held out; the rows' `selected_on` then says so.
-        seed: Of the part held out and of the order of training.
+        test: Features to report on, of the same taps.
+        probes: Any of "knn", "linear", "ridge", "logistic" and "mlp"; or a mapping of names of your
+            own to lists of settings, or to `headplug.probing.Probe`s. Left out, the protocol's.
+        tasks: Other labels than the stores' own, by name: of the train and of the test samples.
+        shots: Also with so many training samples of each class, for classes only.
+        draws: How many times these are drawn; the rows are means over the draws.
+        protocol: Whose way to evaluate; `headplug.probing.PROTOCOLS` has all, and printing one
+            shows its whole setting.
+        select_on: "held-out" part of train, or "test", which every output then says.
+        held_out: Part of train that settings are chosen on, of each class alike. A class of one
+            sample is not held out.
+        seed: Of the part held out, of the draws and of the order of training.
         device: "auto" takes a GPU where there is one.
+        distributed: Whether all processes of torch.distributed make this call and share the taps;
+            each gets the whole report.
         show_progress: Whether to show a progress bar.
 
     Raises:
         DataError: Labels are missing, of one class, unseen in training or too few; taps, widths or
             numbers of samples differ; features are not finite. The message names the tap.
-        UnknownNameError: There is no such probe.
-        OptionError: `held_out` is not between 0 and 1, or no probe is named.
+        UnknownNameError: There is no such probe or protocol.
+        OptionError: A part, a number of shots or the combination is impossible.
+        RunError: It failed on another process.
 
     >>> class Store(dict):
     ...     points, labels = ["h"], torch.tensor([0, 1]).repeat(20)
@@ -118,123 +88,196 @@ def probe_layers(
     >>> probe_layers(store, store, ["ridge"], device="cpu")
     LayerReport(1 taps, best 'h' with ridge: 100.0 [91.2, 100.0])
     """
-    probes = [probes] if isinstance(probes, str) else list(dict.fromkeys(probes))
-    for name in probes:
-        if name not in PROBES:
-            raise unknown("probe", str(name), PROBES)
-    if not probes:
-        raise OptionError(f"name at least one probe of {', '.join(PROBES)}.")
-    if not 0 < held_out < 1:
-        raise OptionError(f"held_out must lie between 0 and 1, not at {held_out!r}.")
-    values, targets, answers = _labels(train, test)
-    _check_taps(train, test, len(targets), len(answers))
-    fit, held = stratified_split(targets, held_out, seed)
-    selected_on = f"{held_out:.0%} of train, held out"
-    if bool((targets.bincount() == 1).any()):
-        selected_on += " (classes of one sample are not)"
 
-    place = pick_device(device)
-    fit, held, targets = fit.to(place), held.to(place), targets.to(place)
-    report = LayerReport([], [])
-    total = len(train.points) * len(probes)
-    with (
-        torch.autocast(place.type, enabled=False),
-        progress("probes", total, show=show_progress) as advance,
-    ):
-        for tap in train.points:
-            known, queries = (check_features(store[tap]).to(place) for store in (train, test))
-            choosing = _Split(known[fit], targets[fit], known[held], len(values))
-            final = _Split(known, targets, queries, len(values))
-            report.spectra.append({"tap": tap, **spectrum(known)})
-            if report.spectra[-1]["effective_rank"] == 0:
-                warnings.warn(
-                    f"tap {tap!r} is constant; its rows show what guessing gives.", stacklevel=2
-                )
-            for name in probes:
-                grid = PROBES[name].grid(len(fit))
-                scores = _accuracies(PROBES[name].predict(choosing, grid, seed), targets[held])
-                chosen = int(scores.argmax())
-                predicted = PROBES[name].predict(final, [grid[chosen]], seed)[0].cpu()
-                accuracy = float(_accuracies(predicted[None], answers)[0])
-                low, high = wilson_interval(accuracy, len(answers))
-                report.predictions[tap, name] = values[predicted]
-                report.rows.append(
-                    {
-                        "tap": tap,
-                        "probe": name,
-                        "setting": grid[chosen]._asdict(),
-                        "accuracy": accuracy,
-                        "low": low,
-                        "high": high,
-                        "val_accuracy": float(scores[chosen]),
-                        "selected_on": selected_on,
-                        "n_test": len(answers),
-                    }
-                )
+    def prepare() -> _Work:
+        rule = _rule(protocol, select_on, held_out)
+        asked = rule.probes if probes is None else probes_of(probes, {**PROBES, **rule.probes})
+        for name, value in (("draws", draws), *(("shots", n) for n in shots)):
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} must be positive whole numbers, not {value!r}.")
+        known, queries, found = views(train, test, tasks, rule, seed)
+        if shots and any(task.train.kind != "classes" for task in found):
+            raise OptionError("shots are samples of each class, and these labels are no classes.")
+        check_taps(known, queries, found)
+        place = pick_device(device)
+        todo = [task.to(place) for task in found]
+        drawn = {task.name: {n: few(task, n, draws, seed) for n in shots} for task in todo}
+        return _Work(replace(rule, probes=asked), known, queries, todo, drawn, place, seed)
+
+    with team(distributed) as ranks:
+        work = ranks.own(prepare)
+        taps, count = work.known.points, len(work.known.points) * len(work.rule.probes)
+        mine = taps[ranks.rank :: ranks.size]
+        with progress("probes", count, show=show_progress) as advance:
+            parts = ranks.each(lambda: {tap: work.at(tap, advance) for tap in mine})
+    found = {tap: of_tap for part in parts for tap, of_tap in part.items()}
+    outcomes = [outcome for tap in taps for outcome in found[tap][1]]
+    return LayerReport(
+        rows=[outcome.row for outcome in outcomes],
+        spectra=[found[tap][0] for tap in taps],
+        grids=[outcome.grid for outcome in outcomes],
+        about={
+            "protocol": protocol if isinstance(protocol, str) else "own",
+            **work.rule.config,
+            "seed": seed,
+            "draws": draws if shots else None,
+            "test_labels": {t.name: _check_sum(t.test.values) for t in work.tasks},
+        },
+        outcomes=[outcome.result for outcome in outcomes],
+        answers={task.name: task.test.to(torch.device("cpu")) for task in work.tasks},
+    )
+
+
+class _Outcome(NamedTuple):
+    row: dict[str, Any]
+    grid: dict[str, Any]
+    result: Tensor  # hits (R, M), or predictions (M, K)
+
+
+class _Work(NamedTuple):
+    """All that is to be done, checked."""
+
+    rule: ProbeProtocol
+    known: View
+    queries: View
+    tasks: Sequence[Task]
+    drawn: Mapping[str, Mapping[int, Sequence[Tensor]]]
+    place: torch.device
+    seed: int
+
+    def at(self, tap: str, advance: Callable[..., None]) -> tuple[dict[str, Any], list[_Outcome]]:
+        """What the features of a tap are like, and what every probe makes of them."""
+        x, queries = self.known[tap].to(self.place), self.queries[tap].to(self.place)
+        about = {"tap": tap, **describe(x, tap)}
+        if about["effective_rank"] == 0:
+            warnings.warn(
+                f"tap {tap!r} is constant; its rows show what guessing gives.", stacklevel=2
+            )
+        found = []
+        with torch.autocast(self.place.type, enabled=False):
+            for name, probe in self.rule.probes.items():
+                for task in self.tasks:
+                    run = _Run(tap, name, probe, task, self.rule, self.seed, x, queries)
+                    found.append(run.whole())
+                    found += [run.few(n, rows) for n, rows in self.drawn[task.name].items()]
                 advance(tap)
-    return report
+        return about, found
 
 
-def _accuracies(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Of each row, in float64; -1 for a setting that overflowed, so that it never wins."""
-    hits = (predicted == labels).sum(dim=1).double() / len(labels)
-    return hits.masked_fill((predicted < 0).any(dim=1), -1.0)
+def _rule(
+    protocol: str | ProbeProtocol, select_on: str | None, held_out: float | None
+) -> ProbeProtocol:
+    if isinstance(protocol, str):
+        if protocol not in PROTOCOLS:
+            raise unknown("protocol", protocol, PROTOCOLS)
+        protocol = PROTOCOLS[protocol]
+    if select_on is not None:
+        if select_on not in SELECT_ON:
+            raise OptionError(str(unknown("way to select", select_on, SELECT_ON)))
+        protocol = replace(protocol, select_on=select_on)
+    if held_out is not None:
+        if not 0 < held_out < 1:
+            raise OptionError(f"held_out must lie between 0 and 1, not at {held_out!r}.")
+        protocol = replace(protocol, held_out=held_out)
+    return protocol
 
 
-def _labels(train: Features, test: Features) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct training labels, and both sets of labels as indices into them, on the CPU."""
-    given = []
-    for what, store in {"train": train, "test": test}.items():
-        if store.labels is None:
-            raise DataError(
-                f"the {what} features have no labels, which probes need; give labels=..."
-            )
-        labels = store.labels.detach().cpu()
-        if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
-            raise DataError(
-                f"the {what} labels must be integers of shape (N,), not {labels.dtype} of shape "
-                f"{tuple(labels.shape)}."
-            )
-        given.append(labels.long())
-    values, targets = given[0].unique(return_inverse=True)
-    if len(values) == 1:
-        raise DataError(
-            f"all training samples are of class {int(values[0])}; a probe needs two or more."
-        )
-    unseen = sorted(set(given[1].tolist()) - set(values.tolist()))
-    if unseen:
-        raise DataError(
-            f"test samples are of {len(unseen)} classes that train lacks, e.g. {unseen[:5]}; add "
-            "such samples to train or leave them out of test."
-        )
-    return values, targets, torch.searchsorted(values, given[1])
+def _check_sum(values: Tensor) -> int:
+    """Tells test samples apart by their labels."""
+    return zlib.crc32(values.cpu().contiguous().numpy().tobytes())
 
 
-def _check_taps(train: Features, test: Features, train_count: int, test_count: int) -> None:
-    """Raises what is wrong with any tap, before any is probed."""
-    if not train.points:
-        raise DataError("the training features have no taps; extract at least one.")
-    if set(train.points) != set(test.points):
-        one, other = set(train.points), set(test.points)
-        raise DataError(
-            f"taps differ: only train has {sorted(one - other)}, only test has "
-            f"{sorted(other - one)}. Extract both with the same `at=`."
-        )
-    for tap in train.points:
-        widths = []
-        for what, store, count in (("train", train, train_count), ("test", test, test_count)):
-            try:
-                features = check_features(store[tap])
-            except DataError as error:
-                raise DataError(f"tap {tap!r} of {what}: {error}") from None
-            if len(features) != count:
-                raise DataError(
-                    f"tap {tap!r} of {what}: {len(features)} samples, but {count} labels; extract "
-                    "them in one pass over the same loader."
-                )
-            widths.append(features.shape[1])
-        if widths[0] != widths[1]:
-            raise DataError(
-                f"tap {tap!r}: train has {widths[0]} features a sample and test has {widths[1]}; "
-                "extract both from the same model and image size."
-            )
+class _Run(NamedTuple):
+    """A probe at a tap, for a task."""
+
+    tap: str
+    name: str
+    probe: Probe
+    task: Task
+    rule: ProbeProtocol
+    seed: int
+    features: Tensor
+    queries: Tensor
+
+    def whole(self) -> _Outcome:
+        """With all training samples."""
+        task, x = self.task, self.features
+        probe, basis = self.probe.up_to(len(task.fit)), task.basis
+        if self.rule.select_on == "test":
+            fitted = self._fit(probe, x, task.train)
+            values = score(fitted.predict(self.queries), task.test)
+            basis = ON_TEST
+        elif probe.kind == "ridge" and not self.rule.resplit:
+            fitted = self._fit(probe, x, task.train)
+            assert fitted.left_out is not None
+            values = score(fitted.left_out, task.train)
+            basis = "train, each sample left out in turn"
+        else:
+            fitted = self._fit(probe, x[task.fit], task.train[task.fit])
+            values = self._held(fitted)
+        chosen = int(values.argmax())
+        if basis == task.basis and not self.rule.resplit and not probe.training.keep_best:
+            fitted = self._fit(probe.only(chosen), x, task.train)
+        predicted = fitted.predict(self.queries)
+        result = predicted[chosen if len(predicted) > 1 else 0]
+        if task.test.kind == "classes":
+            result = (result == task.test.values)[None]
+        return self._outcome(probe, values, chosen, result, basis)
+
+    def few(self, shots: int, rows: Sequence[Tensor]) -> _Outcome:
+        """With a few training samples of each class, drawn several times."""
+        task, probe = self.task, self.probe.up_to(len(rows[0]))
+        values, hits = [], []
+        for of_draw in rows:
+            fitted = self._fit(probe, self.features[of_draw], task.train[of_draw])
+            predicted = fitted.predict(self.queries)
+            hits.append(predicted == task.test.values)
+            on_test = self.rule.select_on == "test"
+            values.append(score(predicted, task.test) if on_test else self._held(fitted))
+        mean = torch.stack(values).mean(0)
+        chosen = int(mean.argmax())
+        basis = ON_TEST if on_test else task.basis
+        return self._outcome(probe, mean, chosen, torch.stack(hits)[:, chosen], basis, shots)
+
+    def _fit(self, probe: Probe, features: Tensor, targets: Any) -> Fitted:
+        held = self.features[self.task.held], self.task.train[self.task.held]
+        return probe.fit(features, targets, seed=self.seed, validation=held)
+
+    def _held(self, fitted: Fitted) -> Tensor:
+        held = self.task.held
+        return score(fitted.predict(self.features[held]), self.task.train[held])
+
+    def _outcome(
+        self,
+        probe: Probe,
+        values: Tensor,
+        chosen: int,
+        result: Tensor,
+        basis: str,
+        shots: int | None = None,
+    ) -> _Outcome:
+        test, metric = self.task.test, METRICS[self.task.test.kind]
+        result = result.cpu()
+        if test.kind != "classes":
+            value = float(score(result[None], test.to(result.device))[0])
+            low, high = quantiles(bootstrap_scores(result[None], test.to(result.device))[0])
+        else:
+            value = float(result.double().mean())
+            alone = len(result) == 1
+            low, high = wilson_interval(value, len(test)) if alone else bootstrap(result)
+        which = {"tap": self.tap, "task": self.task.name, "probe": self.name, "shots": shots}
+        settings = [s._asdict() for s in probe.settings]
+        row = {
+            **which,
+            "setting": settings[chosen],
+            "metric": metric,
+            metric: value,
+            "low": low,
+            "high": high,
+            f"val_{metric}": float(values[chosen]),
+            "selected_on": basis,
+            "n_test": len(test),
+        }
+        grid = {**which, "settings": settings, "chosen": chosen}
+        grid["values"] = [v if math.isfinite(v) else None for v in values.tolist()]
+        return _Outcome(row, grid, result)

@@ -1,9 +1,7 @@
-"""A linear probe for every learning rate and weight decay of a grid, trained in one pass.
+"""A linear probe for every learning rate, weight decay and normalisation, trained in one pass.
 
-The weights of all settings lie side by side, so that a batch costs one matrix product for the whole
-grid, forwards and backwards; the gradient of the softmax is written out and nothing is recorded for
-autograd. No global state is touched: probabilities are kept above the smallest that matter, which
-keeps denormal numbers (several times slower on a CPU) out of every product.
+Settings that see the features alike share every matrix product, see `headplug.probing.sgd`. No
+global state is touched, and the features are not copied: a batch is normalised when it is read.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -19,118 +16,85 @@ import torch
 from torch import Tensor
 
 from headplug.errors import DimensionError, OptionError, RunError
-from headplug.heads.base import positive
-from headplug.probing.data import check_features, check_labels, chunks, mean_and_std
+from headplug.probing.data import Targets, as_targets, check_features, mean_and_std
+from headplug.probing.losses import losses
+from headplug.probing.models import (
+    LinearModels,
+    Normalize,
+    blocks,
+    by_normalization,
+    normalized,
+    number,
+    plainly,
+)
+from headplug.probing.sgd import JointSGD, LinearTraining
 
-MOMENTUM = 0.9
-FLOOR = 1e-20  # of a probability; far below float32's resolution next to 1, far above denormals
+__all__ = ["LinearModels", "LinearSetting", "LinearTraining", "fit_linear", "linear_grid"]
 
 
 class LinearSetting(NamedTuple):
     """One way to train.
 
     Attributes:
-        lr: Learning rate at the start, per batch mean; it falls to zero along a half cosine.
+        lr: Learning rate at the start, per batch mean.
         weight_decay: As in `torch.optim.SGD`, of the weights and the bias.
+        normalize: What the probe sees of the features: "standard" (each less its mean in training,
+            divided by its standard deviation), "l2" (each sample scaled to length 1) or "none".
     """
 
     lr: float
     weight_decay: float = 0.0
+    normalize: Normalize = "standard"
 
 
 def linear_grid(
     lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
     weight_decays: Sequence[float] = (0.0, 1e-3, 1e-2),
+    normalize: Sequence[Normalize] = ("standard",),
 ) -> list[LinearSetting]:
-    """Every learning rate with every weight decay.
+    """Every normalisation with every learning rate with every weight decay.
 
     >>> len(linear_grid())
     18
     """
-    return [LinearSetting(lr, wd) for lr in lrs for wd in weight_decays]
+    return [LinearSetting(lr, wd, how) for how in normalize for lr in lrs for wd in weight_decays]
 
 
-@dataclass(frozen=True, eq=False)
-class LinearModels:
-    """Linear classifiers, one a setting, on features standardised alike.
-
-    Attributes:
-        mean: Of the training features, subtracted first `(D,)`.
-        std: Of the training features, divided by next `(D,)`.
-        weight: `(D, C, S)`, for standardised features.
-        bias: `(C, S)`.
-    """
-
-    mean: Tensor
-    std: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    @property
-    def finite(self) -> Tensor:
-        """Whether each setting's weights are finite numbers `(S,)`."""
-        return torch.isfinite(self.weight.sum(dim=(0, 1)) + self.bias.sum(dim=0))
-
-    @torch.no_grad()
-    def predict(self, features: Tensor) -> Tensor:
-        """Predicted classes `(S, N)`; -1 everywhere for a setting that is not finite.
-
-        Raises:
-            DimensionError: The features have another width than those it was fitted on.
-            DataError: The features cannot be used.
-        """
-        features = check_features(features)
-        if features.shape[1] != len(self.weight):
-            raise DimensionError(
-                f"the probe was fitted on {len(self.weight)} features a sample and is given "
-                f"{features.shape[1]}; take both from the same tap."
-            )
-        flat = self.weight.flatten(1)
-        parts = []
-        for block in chunks(features):
-            z = block.float().sub(self.mean).div_(self.std)
-            scores = torch.addmm(self.bias.flatten(), z, flat).unflatten(1, self.bias.shape)
-            parts.append(scores.argmax(dim=1))
-        return torch.cat(parts).T.where(self.finite[:, None], -1)
-
-
-@torch.no_grad()
 def fit_linear(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | Targets,
     settings: Sequence[LinearSetting],
     *,
     num_classes: int | None = None,
-    epochs: int = 100,
-    max_steps: int = 1500,
-    batch_size: int = 512,
+    training: LinearTraining = LinearTraining(),  # noqa: B008 - it is frozen
+    validation: tuple[Tensor, Tensor | Targets] | None = None,
     seed: int = 0,
 ) -> LinearModels:
-    """Trains one softmax classifier a setting, all on the same batches.
+    """Trains one linear model a setting, all on the same batches.
 
-    Each equals `torch.optim.SGD(momentum=0.9)` on an `nn.Linear` that starts at zero, with
-    `CosineAnnealingLR` over all steps, on features standardised by the training mean and deviation.
-    Lightly's `LinearClassifier` is the same without standardisation and weight decay. Each epoch is
-    one `torch.randperm` of a CPU generator with the seed, cut by `tensor_split` into the fewest
-    batches of at most `batch_size`. `max_steps` bounds the time on large data: 1500 steps of 512
-    are 15 epochs of 50,000 samples.
+    Each equals `torch.optim.SGD` on an `nn.Linear` with torch's scheduler, on features normalised
+    as the setting says; the loss is softmax cross-entropy for classes, sigmoid cross-entropy (the
+    mean over labels) for labels and the mean squared error for numbers. Each epoch is one
+    `torch.randperm` of a CPU generator with the seed, cut by `tensor_split` into the fewest batches
+    of at most `batch_size`, so that none is much smaller than the others.
 
     Args:
         features: Training features `(N, D)`.
-        labels: Their classes `(N,)`.
+        labels: What to predict, see `headplug.probing.data.as_targets`.
         settings: The grid.
         num_classes: Left out, the highest label plus one.
-        epochs: Passes over the data, at most.
-        max_steps: Batches, at most.
-        batch_size: Samples a batch, at most.
-        seed: Of the order of the samples.
+        training: How all settings are trained.
+        validation: Features and labels that `training.keep_best` needs.
+        seed: Of the order of the samples and of the weights at the start.
 
     Returns:
-        The classifiers. A warning names settings whose weights overflowed; they predict -1.
+        The models. A warning names settings whose weights overflowed; they predict -1 or NaN.
 
     Raises:
         DataError: Features or labels cannot be used.
-        OptionError: A setting or a size has an impossible value.
+        DimensionError: The validation features have another width.
+        OptionError: A setting has an impossible value, or `validation` and `keep_best` are not
+            given together.
         RunError: The weights of every setting overflowed.
 
     >>> x = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
@@ -138,54 +102,162 @@ def fit_linear(
     tensor([[0, 0, 1, 1]])
     """
     features = check_features(features)
-    labels, classes = check_labels(labels, len(features), num_classes)
-    for name, value in {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}.items():
-        positive(name, value)
+    targets = as_targets(labels, len(features), num_classes).to(features.device)
+    check_settings(settings)
+    if training.keep_best != (validation is not None):
+        raise OptionError(
+            "LinearTraining(keep_best=True) and validation=(features, labels) go together; give "
+            "both or neither."
+        )
+    per_epoch = math.ceil(len(features) / training.batch_size)
+    steps = training.epochs * per_epoch
+    steps = steps if training.max_steps is None else min(steps, training.max_steps)
+    with plainly(features.device):
+        mean, std = mean_and_std(features)
+        joint = Joint(settings, training, targets, mean, std, per_epoch, steps, seed)
+        held = None if validation is None else _held(validation, targets, features.shape[1])
+        order = batches(len(features), per_epoch, seed, features.device)
+        for step, index in enumerate(islice(order, steps), 1):
+            joint.step(features.index_select(0, index), targets.values.index_select(0, index))
+            if held and (step % per_epoch == 0 or step == steps):
+                joint.validate(*held)
+        return joint.models()
+
+
+class Joint:
+    """A linear probe of all settings on one tap, while it is trained.
+
+    Args:
+        settings: The grid.
+        training: How.
+        targets: Of which kind, how many outputs, on which device.
+        mean: Of the training features `(D,)`.
+        std: Of the training features `(D,)`.
+        per_epoch: Steps an epoch.
+        steps: Steps in all.
+        seed: Of the weights at the start.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[LinearSetting],
+        training: LinearTraining,
+        targets: Targets,
+        mean: Tensor,
+        std: Tensor,
+        per_epoch: int,
+        steps: int,
+        seed: int,
+    ) -> None:
+        self.settings, self.kind = settings, targets.kind
+        self.mean, self.std = mean.float(), std.float()
+        self.some = by_normalization([s.normalize for s in settings])
+        self.sgd = {
+            how: JointSGD(
+                [settings[i][:2] for i in some],
+                training,
+                targets.kind,
+                len(mean),
+                targets.outputs,
+                per_epoch,
+                steps,
+                seed,
+                mean.device,
+            )
+            for how, some in self.some.items()
+        }
+
+    def step(self, rows: Tensor, values: Tensor) -> None:
+        """One batch of features `(B, D)` with the values of its targets."""
+        for how, sgd in self.sgd.items():
+            sgd.step(normalized(rows, how, self.mean, self.std), values)
+
+    def validate(self, features: Tensor, targets: Targets) -> None:
+        """Ends an epoch: settings that do better than ever on these samples keep their weights."""
+        for how, sgd in self.sgd.items():
+            total = torch.zeros_like(sgd.best)
+            for rows in blocks(len(features), features.shape[1] + len(sgd.weight)):
+                z = normalized(features[rows], how, self.mean, self.std)
+                found = losses(self.kind, sgd.scores(z), targets.values[rows].to(z.device))
+                total += found * len(z) / len(features)
+            sgd.validated(total)
+
+    def models(self, what: str = "") -> LinearModels:
+        """The models as they are now.
+
+        Args:
+            what: How messages begin.
+
+        Raises:
+            RunError: The weights of every setting overflowed.
+        """
+        first = next(iter(self.sgd.values()))
+        count, (outputs, _) = len(self.settings), first.shape
+        weight = first.weight.new_empty(count, outputs, len(self.mean))
+        bias = weight.new_empty(count, outputs)
+        for how, some in self.some.items():
+            weight[some], bias[some] = self.sgd[how].result()
+        normalize = tuple(s.normalize for s in self.settings)
+        models = LinearModels(self.kind, normalize, self.mean, self.std, weight, bias)
+        report_lost(models.finite, self.settings, what)
+        return models
+
+
+def check_settings(settings: Sequence[LinearSetting]) -> None:
+    """Raises what is wrong with a grid.
+
+    Raises:
+        OptionError: It is empty, or a value is impossible.
+    """
+    if not settings:
+        raise OptionError("there are no settings; take linear_grid(), or [LinearSetting(0.1)].")
     for s in settings:
-        if not (math.isfinite(s.lr) and s.lr > 0 and math.isfinite(s.weight_decay)):
-            raise OptionError(f"lr must be positive and both values finite in {s}.")
-    count, width = features.shape
-    mean, std = (t.float() for t in mean_and_std(features))
-    grid = torch.tensor(list(settings), dtype=torch.float32, device=features.device)
-    lr, decay = grid.repeat(classes, 1).T  # settings are innermost: softmax runs along vectors
-    both = features.new_zeros(width + 1, len(lr), dtype=torch.float32)
-    weight, bias = both[:-1], both[-1]
-    velocity = torch.zeros_like(both)
-    per_epoch = math.ceil(count / batch_size)
-    steps = min(epochs * per_epoch, max_steps)
-    minus_one = weight.new_tensor(-1.0)
-
-    batches = _batches(count, per_epoch, seed, features.device)
-    for step, index in enumerate(islice(batches, steps)):
-        z = features[index].float().sub_(mean).div_(std)
-        scores = torch.addmm(bias, z, weight).view(len(z), classes, len(settings))
-        gradient = scores.softmax(dim=1).clamp_(min=FLOOR)
-        target = labels[index, None, None].expand(-1, 1, len(settings))
-        gradient.scatter_add_(1, target, minus_one.expand_as(target))
-        gradient = gradient.flatten(1)
-        velocity[:-1].addmm_(z.T, gradient, beta=MOMENTUM, alpha=1 / len(z))
-        velocity[-1].mul_(MOMENTUM).add_(gradient.mean(0))
-        velocity.addcmul_(both, decay)
-        both.addcmul_(velocity, lr, value=-(1 + math.cos(math.pi * step / steps)) / 2)
-
-    shape = (classes, len(settings))
-    models = LinearModels(mean, std, weight.unflatten(1, shape), bias.view(shape))
-    _report_overflow(models, settings)
-    return models
+        number(f"lr in {s}", s.lr, zero=False)
+        number(f"weight_decay in {s}", s.weight_decay, zero=True)
+        if s.normalize not in ("standard", "l2", "none"):
+            raise OptionError(f'normalize is "standard", "l2" or "none", not {s.normalize!r}.')
 
 
-def _batches(count: int, per_epoch: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+def report_lost(
+    finite: Tensor, settings: Sequence[object], what: str = "", stacklevel: int = 4
+) -> None:
+    """Names the settings whose weights overflowed.
+
+    Raises:
+        RunError: All did.
+    """
+    lost = [s for s, kept in zip(settings, finite.tolist(), strict=True) if not kept]
+    if len(lost) == len(settings):
+        raise RunError(
+            f"{what}the weights overflowed with every setting of {lost}; lower lr or weight_decay."
+        )
+    if lost:
+        message = f"{what}left out, because their weights overflowed: {lost}."
+        warnings.warn(message, stacklevel=stacklevel)
+
+
+def _held(
+    validation: tuple[Tensor, Tensor | Targets], targets: Targets, width: int
+) -> tuple[Tensor, Targets]:
+    features = check_features(validation[0])
+    if features.shape[1] != width:
+        raise DimensionError(
+            f"the validation features have {features.shape[1]} values a sample and the training "
+            f"features {width}; take both from the same tap."
+        )
+    classes = targets.outputs if targets.kind == "classes" else None
+    held = as_targets(validation[1], len(features), classes)
+    if (held.kind, held.outputs) != (targets.kind, targets.outputs):
+        raise OptionError(
+            f"the training labels are {targets.kind} with {targets.outputs} outputs, the validation"
+            f" labels {held.kind} with {held.outputs}; give both alike."
+        )
+    return features, held
+
+
+def batches(count: int, per_epoch: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Row numbers of one batch after another, epoch by epoch, see `fit_linear`."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator, device="cpu")
         yield from order.to(device).tensor_split(per_epoch)
-
-
-def _report_overflow(models: LinearModels, settings: Sequence[LinearSetting]) -> None:
-    lost = [s for s, kept in zip(settings, models.finite.tolist(), strict=True) if not kept]
-    if len(lost) == len(settings):
-        raise RunError(
-            f"the weights overflowed with every setting of {lost}; lower lr * weight_decay."
-        )
-    if lost:
-        warnings.warn(f"left out, because their weights overflowed: {lost}.", stacklevel=3)

@@ -1,103 +1,174 @@
-"""What the probes found at every tap: rows to read, to plot, to save and to load again.
+"""What the probes found at every tap: rows to read, to compare, to save and to load again.
 
-Rows and spectra are plain dicts of plain values, so that JSON, pandas and other reports take them
-as they are.
+Rows, grids and spectra are plain dicts of plain values, so that JSON, pandas and other reports take
+them as they are.
 """
 
 from __future__ import annotations
 
-import importlib
+import base64
 import json
-import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from headplug.errors import DataError, RunError, UnknownNameError
+from headplug import diagnostics
+from headplug.errors import DataError, UnknownNameError
 from headplug.files import atomic, write_json
-from headplug.probing.spectrum import DEFINITIONS
+from headplug.probing import metrics
+from headplug.probing.data import Targets
+from headplug.probing.intervals import Difference, holm, paired_hits, paired_scores
+from headplug.probing.table import AFTER, BEFORE, percent, table, title
 
-SCHEMA = 1
-Z95 = 1.959963984540054  # quantile of the normal distribution that leaves 2.5% above
-
-
-def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
-    """95% interval of an accuracy over `count` independent samples (Wilson 1927).
-
-    It covers the choice of test samples only, not that of the seed or of the training data.
-
-    >>> low, high = wilson_interval(0.9, 100)
-    >>> round(low, 3), round(high, 3)
-    (0.826, 0.945)
-    """
-    spread = Z95**2 / count
-    middle = (accuracy + spread / 2) / (1 + spread)
-    half = math.sqrt(accuracy * (1 - accuracy) * spread + spread**2 / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+SCHEMA = 2
+KEY = ("tap", "task", "probe", "shots")
 
 
 @dataclass(repr=False, eq=False)
 class LayerReport:
-    """Accuracies and spectra by tap.
+    """What each probe reaches at each tap, and what the features of the taps are like.
 
     Attributes:
-        rows: One dict a tap and probe, taps in depth order: tap, probe, setting (a dict), accuracy
-            in [0, 1], low and high (95% Wilson interval over the test samples), val_accuracy (of
-            the setting, on the samples held out), selected_on, n_test.
-        spectra: One dict a tap, of its training features: tap, dim, rankme, effective_rank,
-            singular_values; see `headplug.probing.DEFINITIONS`.
-        predictions: Predicted label of each test sample by (tap, probe); not saved.
+        rows: One dict a tap, task and probe, taps in depth order: tap, task, probe, shots (None for
+            all training samples), setting (a dict), metric ("accuracy", "mAP" or "r2"), its value
+            under that name, low and high (95% interval over the test samples: Wilson's for an
+            accuracy, else a bootstrap's), its value on the samples that the setting was chosen on
+            (under "val_" and the name), selected_on (which these are), n_test.
+        spectra: One dict a tap, of its training features; see `headplug.diagnostics.DEFINITIONS`.
+        grids: One dict a row: every setting with its value on what it was chosen on.
+        about: The protocol with its whole setting, and the seed.
+        outcomes: A tensor a row: hits `(R, M)` of M test samples in R draws for classes, which are
+            saved; else predictions `(M, K)`, which are not.
+        answers: By task, the targets of the test samples; not saved.
     """
 
     rows: list[dict[str, Any]]
     spectra: list[dict[str, Any]]
-    predictions: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    grids: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    outcomes: list[Tensor] = field(default_factory=list)
+    answers: dict[str, Targets] = field(default_factory=dict)
 
     @property
     def best(self) -> dict[str, Any]:
-        """The row with the highest `val_accuracy`; the earlier tap on a tie."""
-        return max(self.rows, key=lambda row: row["val_accuracy"])
+        """Of the first task, the row that did best where settings are chosen; the earlier tap."""
+        return next(iter(self.best_by_task.values()))
+
+    @property
+    def best_by_task(self) -> dict[str, dict[str, Any]]:
+        """For each task the row that did best where settings are chosen, with all samples."""
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.rows:
+            best = found.setdefault(row["task"], row)
+            if row["shots"] is None and _chosen_by(row) > _chosen_by(best):
+                found[row["task"]] = row
+        return found
+
+    @property
+    def gaps(self) -> list[dict[str, Any]]:
+        """What every probe finds more before the head than after it ("guillotine" gap).
+
+        One dict a task, probe and shots: these, value, low, high (95%, paired bootstrap over test
+        samples), p (of no difference, for all of them together: Holm) and test. Empty without the
+        taps pre_projection and projection.
+
+        Raises:
+            DataError: The outcomes are not there.
+        """
+        return self._differences(
+            [
+                (row, after)
+                for row in self.rows
+                for after in self.rows
+                if row["tap"] == BEFORE
+                and after["tap"] == AFTER
+                and all(row[k] == after[k] for k in KEY[1:])
+            ],
+            self,
+        )
+
+    def row(
+        self, tap: str, probe: str, task: str | None = None, shots: int | None = None
+    ) -> dict[str, Any]:
+        """One row; of the first task if none is named.
+
+        Raises:
+            UnknownNameError: There is no such row.
+        """
+        wanted = (tap, self.rows[0]["task"] if task is None else task, probe, shots)
+        for row in self.rows:
+            if _key(row) == wanted:
+                return row
+        there = "; ".join(f"{r['tap']}, {r['probe']}" for r in self.rows[:20])
+        raise UnknownNameError(
+            f"no row has tap {tap!r}, task {wanted[1]!r}, probe {probe!r}, shots {shots}; there "
+            f"are: {there}."
+        )
+
+    def paired(
+        self,
+        ours: Mapping[str, Any],
+        theirs: Mapping[str, Any],
+        other: LayerReport | None = None,
+    ) -> Difference:
+        """What one row has over another on the same test samples.
+
+        Args:
+            ours: A row of this report.
+            theirs: A row of this one or of the other.
+            other: The report of another head or model, of the same test samples.
+
+        Raises:
+            DataError: Test samples or metrics differ, or the outcomes are not there.
+        """
+        other = other or self
+        if ours["metric"] != theirs["metric"] or not self._same_test(ours, theirs, other):
+            raise DataError(
+                f"the two rows do not compare: {ours['metric']} of {ours['n_test']} samples of "
+                f"task {ours['task']!r} here, {theirs['metric']} of {theirs['n_test']} samples of "
+                f"task {theirs['task']!r} there; take reports of the same test data."
+            )
+        a, b = self._outcome(ours), other._outcome(theirs)
+        if ours["metric"] == "accuracy":
+            return paired_hits(a, b)
+        return paired_scores(torch.stack([a, b]), self.answers[ours["task"]])
+
+    def against(self, other: LayerReport) -> list[dict[str, Any]]:
+        """What every row has over the same row of another head's or model's report.
+
+        One dict for each row that both have, as `gaps`, with p for all of them together.
+
+        Raises:
+            DataError: Test samples differ, no row is in both, or the outcomes are not there.
+        """
+        there = {_key(row): row for row in other.rows}
+        pairs = [(row, there[_key(row)]) for row in self.rows if _key(row) in there]
+        if not pairs:
+            raise DataError("the reports have no tap and probe in common; probe the same taps.")
+        return self._differences(pairs, other)
 
     def __repr__(self) -> str:
         best = self.best
         return (
-            f"LayerReport({len(self.spectra)} taps, best {best['tap']!r} with {best['probe']}: "
-            f"{_percent(best)})"
+            f"LayerReport({len(self.spectra)} taps, best {best['tap']!r} with {title(best)}: "
+            f"{percent(best)})"
         )
 
     def __str__(self) -> str:
         return self.table()
 
     def table(self) -> str:
-        """Test accuracies with intervals by tap and probe, and the ranks, as plain text."""
-        probes = list(dict.fromkeys(row["probe"] for row in self.rows))
-        cells = {(row["tap"], row["probe"]): _percent(row) for row in self.rows}
-        lines = [["tap", "dim", *probes, "rankme", "effective rank"]]
-        for s in self.spectra:
-            found = [cells[s["tap"], probe] for probe in probes]
-            ranks = [f"{s['rankme']:.1f}", f"{s['effective_rank']:.1f}"]
-            lines.append([s["tap"], str(s["dim"]), *found, *ranks])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-            for line in lines
-        ]
-        best = self.best
-        text += [
-            "",
-            f"Accuracy in % on {best['n_test']} test samples, 95% Wilson interval over them.",
-            f"Settings, and the best tap, chosen on: {best['selected_on']}.",
-            f"Best: {best['tap']}, {best['probe']} {_spell(best['setting'])}: {_percent(best)}.",
-            DEFINITIONS["rankme"],
-            DEFINITIONS["effective_rank"],
-        ]
-        return "\n".join(text)
+        """Values with intervals by tap and probe, and the ranks, as plain text."""
+        return table(self)
 
     def plot(self, path: str | Path) -> Path:
-        """Draws accuracy by depth (left) and singular spectra (right) into an image file.
+        """Draws values by depth, singular spectra and the grids into an image file.
 
         Args:
             path: The file; its ending names the format: png, svg, pdf.
@@ -108,60 +179,48 @@ class LayerReport:
         Raises:
             RunError: matplotlib is missing, or the file cannot be written.
         """
-        figure = _library("matplotlib.figure").Figure(figsize=(11, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        taps = [s["tap"] for s in self.spectra]
-        for probe in dict.fromkeys(row["probe"] for row in self.rows):
-            mine = [row for row in self.rows if row["probe"] == probe]
-            values = [100 * row["accuracy"] for row in mine]
-            below = [100 * max(0.0, row["accuracy"] - row["low"]) for row in mine]
-            above = [100 * max(0.0, row["high"] - row["accuracy"]) for row in mine]
-            left.errorbar(
-                range(len(taps)), values, (below, above), marker="o", capsize=3, label=probe
-            )
-        left.set_xticks(range(len(taps)), taps, rotation=30, ha="right")
-        left.set_ylabel("test accuracy in %, 95% interval")
-        left.legend()
-        for s in self.spectra:
-            values = [v if v > 0 else math.nan for v in s["singular_values"]]
-            right.plot(
-                range(1, len(values) + 1), values, label=f"{s['tap']}, rankme {s['rankme']:.1f}"
-            )
-        right.set_yscale("log")
-        right.set_xlabel("index")
-        right.set_ylabel("singular value / largest, centred")
-        right.legend()
+        from headplug.probing.plot import drawn
+
         path = Path(path)
         with atomic(path) as partial:
-            figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=150)
+            drawn(self).savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=150)
         return path
 
     def to_pandas(self) -> Any:
-        """The rows as a `pandas.DataFrame`, one a tap and probe.
+        """The rows as a `pandas.DataFrame`.
 
         Raises:
             RunError: pandas is missing.
         """
-        return _library("pandas").DataFrame(self.rows)
+        from headplug.probing.plot import library
+
+        return library("pandas").DataFrame(self.rows)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What `save` writes, as plain values."""
+        return {
+            "schema": SCHEMA,
+            "rows": self.rows,
+            "spectra": self.spectra,
+            "grids": self.grids,
+            "about": self.about,
+            "hits": [_packed(o) if o.dtype == torch.bool else None for o in self.outcomes],
+            "definitions": {**metrics.DEFINITIONS, **diagnostics.DEFINITIONS},
+        }
 
     def save(self, path: str | Path) -> Path:
-        """Writes rows, spectra and their definitions as JSON, whole or not at all.
+        """Writes all but predictions as JSON, whole or not at all.
 
         Raises:
             RunError: The file cannot be written.
         """
-        content = {
-            "schema": SCHEMA,
-            "rows": self.rows,
-            "spectra": self.spectra,
-            "definitions": DEFINITIONS,
-        }
-        write_json(path, content)
+        write_json(path, self.content)
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> LayerReport:
-        """Reads what `save` wrote; predictions are not in it.
+        """Reads what `save` wrote.
 
         Raises:
             UnknownNameError: There is no such file.
@@ -176,7 +235,8 @@ class LayerReport:
                 raise DataError(
                     f"{path} has schema {content['schema']!r}; this version reads {SCHEMA}."
                 )
-            return cls(content["rows"], content["spectra"])
+            kept = {key: content[key] for key in ("rows", "spectra", "grids", "about")}
+            return cls(**kept, outcomes=[unpacked(h) for h in content["hits"]])
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
@@ -184,18 +244,52 @@ class LayerReport:
                 f"{path} was not written by LayerReport.save(): {type(error).__name__}: {error}."
             ) from error
 
+    def _differences(
+        self, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], other: LayerReport
+    ) -> list[dict[str, Any]]:
+        found = [self.paired(ours, theirs, other)._asdict() for ours, theirs in pairs]
+        together = holm([d["p"] for d in found])
+        return [
+            {**{k: ours[k] for k in (*KEY, "metric")}, **d, "p": p}
+            for (ours, _), d, p in zip(pairs, found, together, strict=True)
+        ]
 
-def _percent(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    def _outcome(self, row: Mapping[str, Any]) -> Tensor:
+        found = [o for r, o in zip(self.rows, self.outcomes, strict=False) if r is row]
+        if not found or not found[0].numel():
+            raise DataError(
+                f"what the probe said of each test sample at {row['tap']!r} is not there: a saved "
+                "report keeps it for classes only. Compare before you save, or probe again."
+            )
+        return found[0]
+
+    def _same_test(
+        self, ours: Mapping[str, Any], theirs: Mapping[str, Any], other: LayerReport
+    ) -> bool:
+        one, two = (
+            (report.about.get("test_labels") or {}).get(row["task"])
+            for report, row in ((self, ours), (other, theirs))
+        )
+        return bool(one == two and ours["n_test"] == theirs["n_test"])
 
 
-def _spell(setting: Mapping[str, Any]) -> str:
-    return "(" + ", ".join(f"{k}={v}" for k, v in setting.items() if v is not None) + ")"
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[k] for k in KEY)
 
 
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise RunError(f"this needs {package}, which is missing: pip install {package}.") from error
+def _chosen_by(row: Mapping[str, Any]) -> float:
+    return float(row[f"val_{row['metric']}"])
+
+
+def _packed(hits: Tensor) -> dict[str, Any]:
+    bits = np.packbits(hits.numpy()).tobytes()
+    return {"shape": list(hits.shape), "bits": base64.b64encode(zlib.compress(bits)).decode()}
+
+
+def unpacked(packed: Mapping[str, Any] | None) -> Tensor:
+    """Hits `(R, M)` as `LayerReport.content` has them; empty where there were none."""
+    if packed is None:
+        return torch.empty(0)
+    count = int(np.prod(packed["shape"]))
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(packed["bits"])), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool)).view(packed["shape"])

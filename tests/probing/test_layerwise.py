@@ -9,7 +9,7 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.preprocessing import StandardScaler
 
 from headplug.errors import DataError, OptionError, UnknownNameError
-from headplug.probing import LayerReport, layerwise, probe_layers
+from headplug.probing import LayerReport, LinearSetting, layerwise, probe_layers
 from headplug.probing.data import stratified_split
 
 PROBES = ("knn", "linear", "ridge")
@@ -57,13 +57,16 @@ def test_ridge_with_its_choice_is_as_accurate_as_sklearns(report, digits):
 
 
 def test_rows_say_how_they_came_about(report, digits):
-    for row in report.rows:
+    for row, grid, hits in zip(report.rows, report.grids, report.outcomes, strict=True):
         assert row["low"] < row["accuracy"] < row["high"]
-        assert row["selected_on"] == "20% of train, held out"
+        ridge = row["probe"] == "ridge"
+        basis = "train, each sample left out in turn" if ridge else "20% of train, held out"
+        assert row["selected_on"] == basis
         assert row["n_test"] == len(digits[1].labels)
-        predicted = report.predictions[row["tap"], row["probe"]]
-        hits = (predicted == digits[1].labels).double().mean().item()
-        assert hits == pytest.approx(row["accuracy"])
+        assert hits.shape == (1, len(digits[1].labels))
+        assert hits.double().mean().item() == pytest.approx(row["accuracy"])
+        assert row["setting"] == grid["settings"][grid["chosen"]]
+        assert row["val_accuracy"] == max(grid["values"]) == grid["values"][grid["chosen"]]
     assert {s["dim"] for s in report.spectra} == {2, 64}
 
 
@@ -110,8 +113,8 @@ def test_labels_may_be_any_integers(small, store):
     got = probe_layers(*renamed, device="cpu")
     expected = probe_layers(train, test, device="cpu")
     assert got.rows == expected.rows
-    for key, predicted in expected.predictions.items():
-        assert torch.equal(got.predictions[key], names[predicted])
+    for one, two in zip(got.outcomes, expected.outcomes, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_settings_fit_the_number_of_samples_without_a_warning(small, recwarn):
@@ -125,21 +128,18 @@ def test_probes_are_run_in_the_order_asked(small):
     assert [r["probe"] for r in rows] == ["ridge", "knn"]
 
 
-def test_a_setting_that_overflows_never_wins(small, monkeypatch):
-    from headplug.probing import LinearSetting
-
+def test_a_setting_that_overflows_never_wins(small):
     bad, good = LinearSetting(1e4, 1e4), LinearSetting(1e-9)
-    probe = layerwise.PROBES["linear"]._replace(grid=lambda count: [bad, good])
-    monkeypatch.setitem(layerwise.PROBES, "linear", probe)
     with pytest.warns(UserWarning, match="overflowed"):
-        row = probe_layers(*small, probes="linear", device="cpu").rows[0]
-    assert row["setting"]["lr"] == 1e-9
+        report = probe_layers(*small, {"linear": [bad, good]}, device="cpu")
+    assert report.rows[0]["setting"]["lr"] == 1e-9
+    assert report.grids[0]["values"][0] is None
 
 
 def test_a_class_of_one_sample_stays_in_train_and_the_rows_say_so(store, blobs):
     x, y = blobs(60)
     y[0] = 4
-    rows = probe_layers(store({"h": x}, y), store({"h": x}, y), "ridge", device="cpu").rows
+    rows = probe_layers(store({"h": x}, y), store({"h": x}, y), "knn", device="cpu").rows
     assert rows[0]["selected_on"] == "20% of train, held out (classes of one sample are not)"
 
 
@@ -164,7 +164,7 @@ def change(small, store, which, **new):
 
 
 def test_unusable_input_is_refused_before_any_probe_runs(small, store, monkeypatch):
-    monkeypatch.setattr(layerwise, "PROBES", dict.fromkeys(layerwise.PROBES))
+    monkeypatch.setattr(layerwise, "_Run", None)
     train, test = small
     nan = torch.full((80, 2), torch.nan)
     cases = [
@@ -184,7 +184,7 @@ def test_unusable_input_is_refused_before_any_probe_runs(small, store, monkeypat
             "train has 16 .* test has 5",
         ),
         (change(small, store, "train", labels=None), "train features have no labels"),
-        (change(small, store, "test", labels=test.labels.float()), "test labels must be integers"),
+        (change(small, store, "test", labels=test.labels.float()), "are classes .* regression"),
         (change(small, store, "train", labels=torch.arange(80)), "single sample"),
         ([store({}, train.labels), store({}, test.labels)], "no taps"),
     ]

@@ -57,6 +57,7 @@ def load_data(
     image_size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    to_train: bool = True,
     show_progress: bool = True,
 ) -> ImageData:
     """Loads a data set.
@@ -74,6 +75,7 @@ def load_data(
         limit: Take at most this many random images of each split, as many of each class as far as
             there are.
         seed: Draws the images if there is a limit.
+        to_train: Whether there have to be two classes and two images of each, as training needs.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -92,9 +94,10 @@ def load_data(
     for source in sources.values():
         if not len(source.labels):
             raise DataError(f"{source.title} holds no labelled images. {FORMS}")
-    classes, labels = _classes(sources["train"], sources["test"])
-    _check_counts(sources["train"].title, labels["train"], classes)
-    if limit is not None and limit < 2 * len(classes):
+    classes, labels = _classes(sources["train"], sources["test"], to_train)
+    if to_train:
+        _check_counts(sources["train"].title, labels["train"], classes)
+    if to_train and limit is not None and limit < 2 * len(classes):
         raise DataError(
             f"limit={limit} leaves fewer than 2 images for each of {len(classes)} classes; "
             f"take at least {2 * len(classes)}."
@@ -109,7 +112,8 @@ def load_data(
         images[split] = read_images(source, rows, targets, shape, show_progress=show_progress)
         identity.update(f"{split} {source.identity}".encode())
         identity.update(rows.astype("<i8").tobytes() + targets.astype("<i8").tobytes())
-    _check_counts(sources["train"].title, images["train"].labels.numpy(), classes)
+    if to_train:
+        _check_counts(sources["train"].title, images["train"].labels.numpy(), classes)
     return ImageData(images["train"], images["test"], classes, name, identity.hexdigest()[:16])
 
 
@@ -152,10 +156,12 @@ def _held(folder: Path) -> str:
     )
 
 
-def _classes(train: Source, test: Source) -> tuple[list[str], dict[str, np.ndarray]]:
+def _classes(
+    train: Source, test: Source, to_train: bool
+) -> tuple[list[str], dict[str, np.ndarray]]:
     """The class names, and each split's labels as indices into them; matched by name."""
     classes = [train.names[key] for key in sorted(train.names)]
-    if len(classes) < 2:
+    if to_train and len(classes) < 2:
         raise DataError(
             f"{train.title} has a single class ({_some(classes)}); at least two are needed."
         )

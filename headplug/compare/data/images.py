@@ -42,11 +42,15 @@ class Images(torch.utils.data.Dataset[Any]):
     Args:
         labels: Class indices, `(N,)`, int64.
         shape: `(C, H, W)` of every image.
+        rows: Where they are in the data, ascending, `(N,)`, int64; left out, these are all of it.
     """
 
-    def __init__(self, labels: Tensor, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, labels: Tensor, shape: tuple[int, int, int], rows: Tensor | None = None
+    ) -> None:
         self.labels = labels
         self.shape = shape
+        self.rows = torch.arange(len(labels)) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,6 +95,7 @@ class ResidentImages(Images):
     Args:
         pixels: uint8, `(N, C, H, W)`.
         labels: Class indices, `(N,)`, int64.
+        rows: As `Images` takes them.
 
     >>> images = ResidentImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.arange(5))
     >>> pixels, labels, index = images[[4, 0]]
@@ -98,9 +103,9 @@ class ResidentImages(Images):
     (torch.Size([2, 3, 8, 8]), tensor([4, 0]))
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+    def __init__(self, pixels: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
         _, c, h, w = pixels.shape
-        super().__init__(labels, (c, h, w))
+        super().__init__(labels, (c, h, w), rows)
         self._all = pixels
 
     def tensor(self) -> Tensor:
@@ -116,17 +121,16 @@ class LazyImages(Images):
 
     Args:
         source: Where they are.
-        rows: Which of the source's images, `(N,)`.
+        rows: Which of the source's images, `(N,)`, int64.
         labels: Their class indices, `(N,)`, int64.
         shape: `(C, H, W)` to bring them to.
     """
 
     def __init__(
-        self, source: Source, rows: np.ndarray, labels: Tensor, shape: tuple[int, int, int]
+        self, source: Source, rows: Tensor, labels: Tensor, shape: tuple[int, int, int]
     ) -> None:
-        super().__init__(labels, shape)
+        super().__init__(labels, shape, rows)
         self._source = source
-        self._rows = rows
 
     def tensor(self) -> Tensor:
         """All images, decoded now: uint8 `(N, C, H, W)`.
@@ -144,7 +148,7 @@ class LazyImages(Images):
 
     def _pixels(self, rows: Tensor) -> Tensor:
         out = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
-        for slot, row in zip(out.numpy(), self._rows[rows.numpy()], strict=True):
+        for slot, row in zip(out.numpy(), self.rows[rows], strict=True):
             try:
                 with self._source.open(int(row)) as image:
                     slot[...] = to_pixels(image, self.shape)
@@ -201,10 +205,10 @@ def read_images(
         kept[list(bad)] = False
         _report(source, {int(rows[i]): reason for i, reason in sorted(bad.items())}, len(rows))
         pixels = pixels[kept] if fits else pixels
-    targets = torch.from_numpy(labels.astype(np.int64))[kept]
+    targets, places = (torch.from_numpy(a.astype(np.int64))[kept] for a in (labels, rows))
     if fits:
-        return ResidentImages(pixels, targets)
-    return LazyImages(source, rows[kept.numpy()], targets, shape)
+        return ResidentImages(pixels, targets, places)
+    return LazyImages(source, places, targets, shape)
 
 
 def to_pixels(image: Image, shape: tuple[int, int, int]) -> np.ndarray:

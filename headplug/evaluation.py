@@ -1,0 +1,120 @@
+"""`headplug probe`: every probe at every tap, of stored features or of a model by name.
+
+runs/probe-NAME/
+    features/        of a model: its feature stores, kept so that nothing is computed twice
+    results.json     the numbers, in the form that `headplug compare` has, so that runs compare
+    layers.png       the picture of `LayerReport.plot`
+    report.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from headplug.compare.machine import machine, versions
+from headplug.compare.report import write_report
+from headplug.compare.summary import as_record, hits_of, summarize
+from headplug.errors import DataError
+from headplug.files import write_json
+from headplug.probing import DEFINITIONS, LayerReport, probe_layers
+from headplug.store import FeatureStore
+
+SPLITS = ("train", "test")
+
+
+def is_stores(folder: Path) -> bool:
+    """Whether a folder has the stores of both splits, as `headplug extract` makes them."""
+    return all((folder / split / "store.json").is_file() for split in SPLITS)
+
+
+def evaluate(
+    features: Path,
+    out: Path,
+    *,
+    name: str,
+    command: str = "",
+    config: Mapping[str, Any] | None = None,
+    taps: Sequence[str] = (),
+    **options: Any,
+) -> tuple[LayerReport, dict[str, Any]]:
+    """Probes stored features and writes the folder of a run.
+
+    Args:
+        features: Folder with the stores `train` and `test`.
+        out: The run's folder.
+        name: What to call the model, or its head, in tables.
+        command: What was typed, for the record.
+        config: What else is to be recorded.
+        taps: Which of those stored; none for all.
+        options: As `probe_layers` takes them.
+
+    Returns:
+        The report, and the content of results.json.
+
+    Raises:
+        HeadplugError: As `FeatureStore.open` and `probe_layers` do; or the labels are no classes.
+    """
+    train, test = (FeatureStore.open(features / split) for split in SPLITS)
+    for store, split in ((train, "train"), (test, "test")):
+        if store.labels is not None and (store.labels.ndim > 1 or store.labels.is_floating_point()):
+            raise DataError(
+                f"the labels of {features / split} are no classes, which the command needs; in "
+                "Python, probe_layers(train, test) takes them."
+            )
+    known, asked = (_Chosen(store, taps or store.points) for store in (train, test))
+    report = probe_layers(known, asked, **options)
+    run = {"head": name, "seed": report.about["seed"], **as_record(report)}
+    runs = [_plain(run)]
+    probes = list(dict.fromkeys(row["probe"] for row in runs[0]["taps"]))
+    results = {
+        "schema": 1,
+        "command": command,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": {**(config or {}), **report.about},
+        "versions": versions(),
+        "machine": machine(),
+        "seeds": [run["seed"]],
+        "data": {
+            "name": str((config or {}).get("data", features)),
+            "train": len(train),
+            "test": len(test),
+        },
+        "runs": runs,
+        "failed": [],
+        "summary": summarize(runs, hits_of(runs), default_head=name, probes=probes),
+        "definitions": DEFINITIONS,
+    }
+    write_json(out / "results.json", results)
+    write_report(results, out / "report.html")
+    report.plot(out / "layers.png")
+    return report, results
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A store with some of its taps."""
+
+    store: FeatureStore
+    points: Sequence[str]
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self.store.labels
+
+    def __getitem__(self, tap: str) -> Tensor:
+        return self.store[tap]
+
+
+def _plain(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run whose probes on few samples are probes of their own, for tables and figures."""
+    named = []
+    for row in run["taps"]:
+        shots = "" if row["shots"] is None else f" {row['shots']}-shot"
+        named.append({**row, "probe": f"{row['probe']}{shots}"})
+    return {**run, "taps": named}

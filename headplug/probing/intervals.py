@@ -1,0 +1,177 @@
+"""How sure a number is, and whether two differ.
+
+Samples are drawn anew (bootstrap), the same ones for both sides of a difference, since both met the
+same samples. Random numbers come from generators of their own with a fixed seed, so that the same
+outcomes give the same interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headplug.probing.data import Targets
+from headplug.probing.metrics import score
+
+DRAWS = 2000
+RESAMPLES = 500  # for metrics that are no mean over samples
+Z95 = 1.959963984540054  # quantile of the normal distribution that leaves 2.5% above
+
+
+def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
+    """95% interval of an accuracy over `count` independent samples (Wilson 1927).
+
+    It covers the choice of test samples only, not that of the seed or of the training data. Unlike
+    a bootstrap's it does not shrink to a point where every sample is right.
+
+    >>> low, high = wilson_interval(0.9, 100)
+    >>> round(low, 3), round(high, 3)
+    (0.826, 0.945)
+    """
+    spread = Z95**2 / count
+    middle = (accuracy + spread / 2) / (1 + spread)
+    half = math.sqrt(accuracy * (1 - accuracy) * spread + spread**2 / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(values: Any) -> tuple[float, float]:
+    """95% bootstrap interval of the mean of `(R, M)`: R repeats and M samples, both drawn anew.
+
+    Args:
+        values: Hits or differences of M samples, of each of R seeds or draws of training samples.
+
+    >>> bootstrap([[1, 1, 1, 1]])
+    (1.0, 1.0)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    repeats, samples = values.shape
+    if repeats == 1:  # counts of each value tell the same as a list of samples
+        kinds, counts = np.unique(values, return_counts=True)
+        means = rng.multinomial(samples, counts / samples, size=DRAWS) @ kinds / samples
+    else:
+        means = np.empty(DRAWS)
+        for i in range(DRAWS):
+            of_sample = values[rng.integers(repeats, size=repeats)].mean(axis=0)
+            means[i] = of_sample[rng.integers(samples, size=samples)].mean()
+    return quantiles(means)
+
+
+def bootstrap_scores(predicted: Tensor, targets: Targets) -> Tensor:
+    """The metric of `(S, M, K)` predictions on resampled samples, the same for each `(S, B)`.
+
+    Raises:
+        DataError: See `headplug.probing.metrics.score`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count, found = len(targets), []
+    for _ in range(0, RESAMPLES, 50):
+        drawn = torch.randint(count, (50, count), generator=generator, device="cpu")
+        counts = torch.zeros(50, count, device="cpu").scatter_add_(
+            1, drawn, torch.ones(50, count, device="cpu")
+        )
+        found.append(score(predicted, targets, counts).cpu())
+    return torch.cat(found, dim=1)
+
+
+class Difference(NamedTuple):
+    """What one side has over the other on the same samples.
+
+    Attributes:
+        value: The difference of the metric.
+        low: Of its 95% interval, by a paired bootstrap.
+        high: Of the same.
+        p: Of the hypothesis that there is none, two-sided.
+        test: How p was found.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    test: str
+
+
+def paired_hits(ours: Any, theirs: Any) -> Difference:
+    """The difference of two accuracies on the same samples.
+
+    Args:
+        ours: Hits of M samples `(M,)`, or of R repeats `(R, M)`.
+        theirs: The same of the other side.
+
+    Returns:
+        With p of McNemar's exact test for one repeat, else of the bootstrap.
+
+    >>> round(paired_hits([1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0]).p, 6)
+    0.03125
+    """
+    a, b = (np.atleast_2d(np.asarray(side, dtype=np.float64)) for side in (ours, theirs))
+    difference = a - b
+    value = float(difference.mean())
+    low, high = bootstrap(difference)
+    if len(a) == 1:
+        won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+        return Difference(value, low, high, _sign_test(won, lost), "McNemar, exact")
+    return Difference(value, low, high, _sign_flips(a.mean(0) - b.mean(0)), "sign flips")
+
+
+def paired_scores(predicted: Tensor, targets: Targets) -> Difference:
+    """The same for two rows of `(2, M, K)` predictions and a metric that is no mean over samples.
+
+    Raises:
+        DataError: See `headplug.probing.metrics.score`.
+    """
+    ours, theirs = score(predicted, targets).tolist()
+    resampled = bootstrap_scores(predicted, targets)
+    difference = (resampled[0] - resampled[1]).numpy()
+    below = max(float((difference <= 0).mean()), 1 / RESAMPLES)
+    above = max(float((difference >= 0).mean()), 1 / RESAMPLES)
+    low, high = quantiles(difference)
+    return Difference(ours - theirs, low, high, min(1.0, 2 * min(below, above)), "bootstrap")
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values that hold for all of several tests together (Holm 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(ps)), key=lambda i: ps[i])
+    out, highest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+        out[i] = highest
+    return out
+
+
+def _sign_test(won: int, lost: int) -> float:
+    """Two-sided exact binomial test of even chances."""
+    total, fewer = won + lost, min(won, lost)
+    if won == lost:
+        return 1.0
+    logs = [
+        math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1)
+        for i in range(fewer + 1)
+    ]
+    tail = sum(math.exp(log - total * math.log(2)) for log in logs)
+    return min(1.0, 2 * tail)
+
+
+def _sign_flips(difference: np.ndarray) -> float:
+    """Two-sided test of a mean of zero, by flipping signs at random."""
+    rng = np.random.default_rng(0)
+    kinds, counts = np.unique(np.abs(difference), return_counts=True)
+    sums = (2 * rng.binomial(counts, 0.5, size=(DRAWS, len(kinds))) - counts) @ kinds
+    beyond = int((np.abs(sums) >= abs(difference.sum()) - 1e-9).sum())
+    return (beyond + 1) / (DRAWS + 1)
+
+
+def quantiles(values: Any) -> tuple[float, float]:
+    """The ends of the middle 95% of some values."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from scipy.stats import bootstrap as scipys
+
+from headplug.probing.data import Targets
+from headplug.probing.intervals import (
+    bootstrap,
+    bootstrap_scores,
+    holm,
+    paired_hits,
+    paired_scores,
+    quantiles,
+    wilson_interval,
+)
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 7), (7, 7), (93, 100), (5000, 10000)])
+def test_wilson_interval_equals_scipys(hits, n):
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+    assert wilson_interval(hits / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_bootstrap_of_one_repeat_is_scipys():
+    values = RNG.choice([-1.0, 0.0, 1.0], size=500, p=[0.1, 0.6, 0.3])
+    expected = scipys((values,), np.mean, method="percentile", rng=0).confidence_interval
+    assert bootstrap(values[None]) == pytest.approx(tuple(expected), abs=0.01)
+
+
+def test_bootstrap_of_several_repeats_covers_the_spread_of_both():
+    samples, repeats = RNG.normal(size=400), RNG.normal(size=(8, 1))
+    low, high = bootstrap(repeats + samples)
+    alone_low, alone_high = bootstrap((repeats + samples)[:1])
+    assert high - low > 3 * (alone_high - alone_low)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    covered = 0
+    for seed in range(200):
+        hits = np.random.default_rng(seed).random((1, 300)) < 0.7
+        low, high = bootstrap(hits)
+        covered += low <= 0.7 <= high
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (5, 0), (3, 9), (120, 80), (2000, 2100)])
+def test_p_of_hits_is_mcnemars_exact(won, lost):
+    ours = np.repeat([1, 0, 1, 0], [won, lost, 50, 7])
+    theirs = np.repeat([0, 1, 1, 0], [won, lost, 50, 7])
+    found = paired_hits(ours, theirs)
+    expected = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    assert found.p == pytest.approx(expected, rel=1e-6)
+    assert found.value == pytest.approx((won - lost) / len(ours))
+    assert found.low <= found.value <= found.high
+
+
+def test_p_of_several_draws_is_small_for_a_difference_and_large_for_none():
+    same = RNG.random((5, 400)) < 0.6
+    better = same | (RNG.random((5, 400)) < 0.2)
+    other = RNG.random((5, 400)) < 0.6
+    assert paired_hits(better, same).p < 0.01
+    assert paired_hits(other, same).p > 0.05
+
+
+def test_paired_scores_are_surer_than_two_intervals():
+    truth = torch.randn(300, 1, generator=torch.Generator().manual_seed(0)).double()
+    noise = torch.randn(300, 1, generator=torch.Generator().manual_seed(1)).double()
+    targets = Targets("regression", truth, 1)
+    both = torch.stack([truth + noise, truth + 1.1 * noise])
+    found = paired_scores(both, targets)
+    one, two = (quantiles(v) for v in bootstrap_scores(both, targets).numpy())
+    assert one[0] < two[1]  # the intervals overlap
+    assert found.low > 0
+    assert found.p < 0.01
+    nothing = paired_scores(both[:1].repeat(2, 1, 1), targets)
+    assert nothing.value == 0
+    assert nothing.p == 1
+
+
+def test_holm_is_the_definition():
+    ps = RNG.random(20) ** 4
+    order = np.argsort(ps)
+    expected = np.empty(20)
+    expected[order] = np.maximum.accumulate(np.minimum(1, ps[order] * np.arange(20, 0, -1)))
+    assert holm(ps.tolist()) == pytest.approx(expected.tolist())
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    paired_hits([1, 0, 1], [0, 0, 1])
+    truth = torch.arange(6.0)[:, None]
+    bootstrap_scores(truth[None], Targets("regression", truth, 1))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
