@@ -20,17 +20,46 @@ from torch import Tensor
 from headplug.compare.machine import machine, versions
 from headplug.compare.report import write_report
 from headplug.compare.summary import as_record, hits_of, summarize
-from headplug.errors import DataError
+from headplug.errors import DataError, UnknownNameError
 from headplug.files import write_json
 from headplug.probing import DEFINITIONS, LayerReport, probe_layers
+from headplug.probing.layerwise import check_counts, rule_of
+from headplug.probing.probes import PROBES, probes_of
 from headplug.store import FeatureStore
+from headplug.store.folder import INDEX
 
 SPLITS = ("train", "test")
 
 
-def is_stores(folder: Path) -> bool:
-    """Whether a folder has the stores of both splits, as `headplug extract` makes them."""
-    return all((folder / split / "store.json").is_file() for split in SPLITS)
+def is_stores(source: str) -> bool:
+    """Whether it is a folder with the stores of both splits, as `headplug extract` makes it.
+
+    Raises:
+        UnknownNameError: It is a folder with one of them.
+    """
+    there = [split for split in SPLITS if (Path(source) / split / INDEX).is_file()]
+    if len(there) == 1:
+        (missing,) = set(SPLITS) - set(there)
+        raise UnknownNameError(
+            f"{source} has the features of {there[0]} and none of {missing}; run headplug extract "
+            "--split all."
+        )
+    return bool(there)
+
+
+def check_options(
+    probes: Sequence[str] | None, protocol: str, select_on: str | None, shots: Sequence[int]
+) -> dict[str, Any]:
+    """The same, for `probe_layers`; wrong ones are found before any data are read.
+
+    Raises:
+        UnknownNameError, OptionError: There is no such thing.
+    """
+    rule = rule_of(protocol, select_on, None)
+    if probes is not None:
+        probes_of(probes, {**PROBES, **rule.probes})
+    check_counts(shots=shots)
+    return {"probes": probes, "protocol": protocol, "select_on": select_on, "shots": shots}
 
 
 def evaluate(

@@ -16,13 +16,14 @@ CLASSIFIERS = ("fc", "classifier", "heads", "head", "head_dist")
 RESNETS = {(2, 2, 2, 2): "18", (3, 4, 6, 3): "34 or 50", (3, 4, 23, 3): "101"}
 
 
-def fill(model: nn.Module, state: Mapping[str, Any], where: object) -> None:
+def fill(model: nn.Module, state: Mapping[str, Any], where: object, *, draft: bool = False) -> None:
     """Loads weights that must be exactly the model's; a classifier may be left over.
 
     Args:
         model: Changed only if all fits.
         state: By name.
         where: What to call it in messages.
+        draft: Only compare names, because the model's shapes are not yet those that it will have.
 
     Raises:
         CheckpointError: Names or shapes differ; the message says which.
@@ -30,7 +31,7 @@ def fill(model: nn.Module, state: Mapping[str, Any], where: object) -> None:
     own = model.state_dict()
     given = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     missing = [k for k in own if k not in given]
-    unlike = [k for k in own if k in given and own[k].shape != given[k].shape]
+    unlike = [k for k in own if k in given and own[k].shape != given[k].shape and not draft]
     left = [k for k in given if k not in own and k.partition(".")[0] not in CLASSIFIERS]
     if missing or unlike or left:
         problems = [
@@ -50,7 +51,8 @@ def fill(model: nn.Module, state: Mapping[str, Any], where: object) -> None:
             f"the weights of {where} do not fit {type(model).__name__}: {'; '.join(problems)}. "
             "Name the architecture that they were trained in."
         )
-    model.load_state_dict({k: given[k] for k in own})
+    if not draft:
+        model.load_state_dict({k: given[k] for k in own})
 
 
 def backbone_in(

@@ -19,6 +19,7 @@ from headplug import (
 )
 from headplug.cli import main
 from headplug.compare.data import load_data
+from headplug.models import load_model
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_extract_keeps_features_and_does_nothing_twice(headplug, tmp_path):
     code, out, err = headplug(*command)
     assert code == 0, err
     assert "test_resnet with random weights" in err
-    assert "digits: values in [0, 1], not standardised" in err
+    assert "digits: 8 x 8 pixels, values in [0, 1], not standardised" in err
     assert "train: 100 samples, float32, already there" in out
     assert "test: 100 samples, float32, " in out
     assert out.splitlines()[1].split() == ["layer1", "100", "x", "32"]
@@ -230,6 +231,116 @@ def test_extract_keeps_features_and_does_nothing_twice(headplug, tmp_path):
     code, _, err = headplug(*command, "--pool", "flat")
     assert code == 1
     assert "another extraction: the pooling (gap there, flat now)" in err
+
+
+def test_extract_keeps_the_rows_of_the_data_and_standardises_as_asked(headplug, tmp_path):
+    """One image for fewer than all classes; ids, labels and features are those of their rows."""
+    code, _, err = headplug(
+        "extract", "timm:test_resnet", "--random", "--at", "conv1", "--pool", "flat",
+        "--limit", "7", "--split", "train", "--out", str(tmp_path), "--normalize", "0.25/0.5",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "standardised with mean 0.25 and deviation 0.5" in err
+    store = FeatureStore.open(tmp_path / "train")
+    data = load_data("digits", show_progress=False).train
+    assert len(store) == 7
+    assert store.ids.tolist() != list(range(7))
+    assert torch.equal(store.labels, data.labels[store.ids])
+    torch.manual_seed(0)
+    model = load_model("timm:test_resnet", shape=data.shape).model.eval()
+    x = (data[store.ids][0] / 255 - 0.25) / 0.5
+    torch.testing.assert_close(store["conv1"], features(model, x, "conv1", pool="flat"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("timm:resnet81",), "Closest: resnet18"),
+        (("torchvision:resnet81",), "Closest: resnet18"),
+        (("hf-hub:somebody/resnet18",), "hf-hub:timm/NAME"),
+        (("timm:test_resnet", "--at", "laier1"), "Closest: layer1"),
+        (("timm:test_resnet", "--at", "nothing"), "headplug taps timm:test_resnet shows all"),
+        (("timm:test_resnet", "--batch-size", "0"), "batch_size must be a positive integer"),
+        (("timm:test_resnet", "--workers", "-1"), "workers must be 0 or more, not -1"),
+        (("timm:test_resnet", "--limit", "0"), "limit must be a positive integer, not 0"),
+        (("timm:test_resnet", "--image-size", "0"), "image_size must be a positive integer"),
+        (("timm:test_resnet", "--pool", "gab"), "pool is one of flat, gap"),
+        (("timm:test_resnet", "--dtype", "float46"), "Closest: float16"),
+        (("timm:test_resnet", "--split", "tset"), "Closest: test"),
+        (("timm:test_resnet", "--device", "gpu"), "use auto, cpu or cuda"),
+        (("timm:test_resnet", "--normalize", "imagnet"), "imagenet. Or give MEAN/STD"),
+        (("timm:test_resnet", "--normalize", "0.5"), "Or give MEAN/STD"),
+        (("timm:test_resnet", "--normalize", "0.5,0.5/0.1"), "as many means as deviations"),
+        (("timm:test_resnet", "--normalize", "0.5/0"), "and these above 0"),
+        (("timm:test_resnet", "--normalize", "nan/1"), "and these above 0"),
+    ],
+)
+def test_extract_finds_mistakes_before_it_looks_for_data(headplug, tmp_path, options, words):
+    at = () if "--at" in options else ("--at", "layer1")
+    code, _, err = headplug(
+        "extract", *options, *at, "--random", "--out", str(tmp_path / "x"), "--data", "/not/there"
+    )
+    assert code == 2
+    assert words in err
+    assert "list_taps" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_extract_tells_when_images_do_not_suit_the_model(headplug, tmp_path):
+    out = ("--out", str(tmp_path / "x"), "--limit", "3")
+    code, _, err = headplug("extract", "torchvision:vit_b_16", "--random", "--at", "encoder", *out)
+    assert code == 2
+    assert "takes images of 224 x 224 pixels, and these have 8 x 8; pass --image-size 224" in err
+    code, _, err = headplug(
+        "extract", "timm:test_resnet", "--random", "--at", "layer1", *out, "--normalize", "0,0/1,1"
+    )
+    assert code == 2
+    assert "with 2 means, but the model takes 1 channel." in err
+
+
+def test_weights_for_a_library_model_keep_what_the_library_standardises_with(headplug, tmp_path):
+    torch.manual_seed(0)
+    for name in ("timm:test_resnet", "torchvision:resnet18"):
+        model = load_model(name, shape=(3, 32, 32)).model
+        torch.save(model.state_dict(), tmp_path / "w.pth")
+        loaded = load_model(name, weights=tmp_path / "w.pth")
+        assert len(loaded.mean) == len(loaded.std) == 3
+        assert load_model(name).mean == ()
+        state = loaded.model.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert loaded.mean == (0.485, 0.456, 0.406)
+    code, _, err = headplug(
+        "extract", "torchvision:resnet18", "--weights", str(tmp_path / "w.pth"), "--at", "layer1",
+        "--limit", "3", "--split", "test", "--out", str(tmp_path / "x"), "--image-size", "32",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "digits: 32 x 32 pixels, standardised with mean 0.485/0.456/0.406" in err
+
+
+def test_taps_takes_names_of_the_hub_and_models_of_any_channels(headplug, tmp_path, monkeypatch):
+    (tmp_path / "grey_code.py").write_text(
+        "from torch import nn\n"
+        "class Grey(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Conv2d(1, 2, 3), nn.ReLU())\n"
+        "def lazy():\n"
+        "    import not_installed\n"
+    )
+    (tmp_path / "lacking_code.py").write_text("import not_installed.part\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = headplug("taps", "grey_code:Grey", "--image-size", "8", "--json")
+    assert code == 0, err
+    assert json.loads(out)[0]["shape"] == [1, 2, 6, 6]
+    code, out, err = headplug(
+        "taps", "hf-hub:timm/test_resnet.r160_in1k", "--image-size", "32", "--json"
+    )
+    assert code == 0, err
+    assert "layer1" in {row["path"] for row in json.loads(out)}
+    for name in ("lacking_code:model", "grey_code:lazy"):
+        code, _, err = headplug("taps", name)
+        assert code == 1
+        assert "imports what is not there: No module named 'not_installed'" in err
+        assert "pip install" not in err
 
 
 SCRIPT = """
@@ -316,15 +427,6 @@ def test_extract_reads_checkpoints_and_code(headplug, tmp_path, monkeypatch):
         (("user_cod:build",), ["there is no module 'user_cod'"]),
         (("user_code:number",), ["cannot be called"]),
         (("user_code:nn.Linear",), ["cannot be called without arguments"]),
-        (("timm:resnet81",), ["resnet18"]),
-        (("torchvision:resnet81",), ["resnet18"]),
-        (
-            ("timm:test_resnet", "--random", "--split", "tset"),
-            ["no split is called 'tset'", "test"],
-        ),
-        (("timm:test_resnet", "--random", "--dtype", "float46"), ["float16"]),
-        (("timm:test_resnet", "--random", "--pool", "gab"), ["pool is one of flat, gap"]),
-        (("timm:test_resnet", "--random", "--at", "laier1"), ["Closest: layer1"]),
     ):
         code, out, err = headplug(
             "extract", *arguments, "--at", "1", "--out", "x", "--image-size", "8", "--limit", "20"

@@ -15,8 +15,9 @@ from torch import nn
 
 from headplug.checkpoints import read_state_dict
 from headplug.errors import CheckpointError, HeadplugError
-from headplug.models import LoadedModel, safely
+from headplug.models import LoadedModel
 from headplug.strip import strip_backbone
+from headplug.usercode import safely
 from headplug.weights import fill
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from headplug.cli import features, heads, runs
+from headplug.cli import features, heads, probes, runs
 from headplug.errors import DimensionError, HeadplugError, OptionError, UnknownNameError
 
 __all__ = ["app", "main"]
@@ -39,7 +39,7 @@ def options(
         raise typer.Exit
 
 
-for group in (heads, features, runs):
+for group in (heads, features, probes, runs):
     for command, name in group.COMMANDS.items():
         app.command(name)(command)
 

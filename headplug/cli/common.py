@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from headplug.errors import OptionError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Data = Annotated[
@@ -12,6 +15,27 @@ Data = Annotated[
     typer.Option(help="digits, torchvision:NAME, an image folder or a folder of parquet files."),
 ]
 ImageSize = Annotated[int | None, typer.Option(help="Resize images to squares of this side.")]
+Limit = Annotated[int | None, typer.Option(help="Use a subset of this many images.")]
+Workers = Annotated[int, typer.Option(help="Processes that decode images.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+BatchSize = Annotated[int, typer.Option(help="Images a step, on each device.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="A checkpoint to fill a library's model or yours with.")
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option(help="What a checkpoint is of if it does not say, e.g. torchvision:resnet18."),
+]
+Pretrained = Annotated[
+    bool,
+    typer.Option(
+        "--pretrained/--random", help="Weights of a library's model if there are no others."
+    ),
+]
+Pool = Annotated[str, typer.Option(help="gap, flat, cls, cls+gap or tokens.")]
+Normalize = Annotated[
+    str, typer.Option(help="auto (as the model was trained, if known), imagenet or none.")
+]
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -24,3 +48,15 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
 def split(text: str) -> list[str]:
     """The parts of an option with commas between."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(name: str, text: str, kind: type) -> list[Any]:
+    """The numbers of an option with commas between.
+
+    Raises:
+        OptionError: They are no numbers.
+    """
+    try:
+        return [kind(part) for part in split(text)]
+    except ValueError:
+        raise OptionError(f"--{name} takes numbers with commas between, not {text!r}.") from None

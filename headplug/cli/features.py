@@ -38,13 +38,15 @@ def taps(
     """List the points of a model where features can be read, with what each costs."""
     import torch
 
-    from headplug.models import load_model
+    from headplug.heads.base import positive
+    from headplug.models import image_channels, load_model
     from headplug.taps import list_taps
 
-    shape = (3, image_size, image_size)
+    side = positive("image_size", image_size)
     with redirect_stdout(sys.stderr):
-        loaded = load_model(model, shape=shape, weights=weights, backbone=backbone)
-        rows = list_taps(loaded.model, torch.zeros(1, *shape))
+        shape = (3, side, side)
+        net = load_model(model, shape=shape, weights=weights, backbone=backbone).model
+        rows = list_taps(net, torch.zeros(1, image_channels(net, 1), side, side))
     if json_:
         print(json.dumps(rows, indent=1, default=str))
         return
@@ -64,7 +66,11 @@ def extract(
     pool: Annotated[str, typer.Option(help="gap, flat, cls, cls+gap or tokens.")] = "gap",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     normalize: Annotated[
-        str, typer.Option(help="auto (as the model was trained, if known), imagenet or none.")
+        str,
+        typer.Option(
+            help="auto (as the model was trained, if known), imagenet, none, or MEAN/STD by "
+            "channel, e.g. 0.49,0.48,0.45/0.2,0.2,0.2."
+        ),
     ] = "auto",
     weights: Weights = None,
     backbone: Backbone = None,
@@ -78,7 +84,9 @@ def extract(
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     image_size: ImageSize = None,
-    limit: Annotated[int | None, typer.Option(help="Use a subset of this many images.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use this many images of each split; they keep their ids.")
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """Keep the features of a data set at some points of a model; goes on where it was stopped."""

@@ -12,8 +12,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from headplug.cli.common import AsJson, Data, ImageSize, split
-from headplug.errors import OptionError, UnknownNameError
+from headplug.cli.common import AsJson, Data, ImageSize, Limit, Workers, numbers, split
+from headplug.errors import OptionError
 
 
 def compare(
@@ -33,7 +33,7 @@ def compare(
     activation: Annotated[str, typer.Option(help="Activations, e.g. relu,tanh.")] = "",
     kappa: Annotated[str, typer.Option(help="Of the reweighting head, e.g. 1.02,1.05.")] = "",
     standardize: Annotated[bool, typer.Option(help="Z-score each channel.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Use a subset of this many images.")] = None,
+    limit: Limit = None,
     image_size: ImageSize = None,
     stem: Annotated[str, typer.Option(help="auto, small or default.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Default: the recipe's, by batch size.")] = None,
@@ -42,7 +42,7 @@ def compare(
     devices: Annotated[int, typer.Option(help="On each node; more than one starts torchrun.")] = 1,
     nodes: Annotated[int, typer.Option(help="Machines; start the same command by torchrun.")] = 1,
     precision: Annotated[str, typer.Option(help="As Lightning names it.")] = "32-true",
-    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
+    workers: Workers = 0,
     out: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     json_: AsJson = False,
 ) -> None:
@@ -59,11 +59,11 @@ def compare(
         recipe=recipe,
         epochs=epochs,
         batch_size=batch_size,
-        seeds=_numbers("seeds", seeds, int),
-        widths=_numbers("width", width, int),
-        output_dims=_numbers("output-dim", output_dim, int),
+        seeds=numbers("seeds", seeds, int),
+        widths=numbers("width", width, int),
+        output_dims=numbers("output-dim", output_dim, int),
         activations=split(activation),
-        kappas=_numbers("kappa", kappa, float),
+        kappas=numbers("kappa", kappa, float),
         standardize=standardize,
         limit=limit,
         image_size=image_size,
@@ -86,21 +86,25 @@ def compare(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or its results.json.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs of headplug compare or headplug probe."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the page of several runs.")] = None,
     json_: AsJson = False,
 ) -> None:
-    """Print a run's table and write its report.html anew."""
+    """Print a run's table and write its report.html anew; of several runs, compare them."""
+    from headplug.compare.merge import merge, read_results
     from headplug.compare.report import write_report
+    from headplug.files import write_json
 
-    path = run / "results.json" if run.is_dir() else run
-    if not path.is_file():
-        raise UnknownNameError(f"there is no {path}; give the folder that compare wrote.")
-    try:
-        results = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise OptionError(f"{path} is not JSON: {error}.") from None
-    write_report(results, path.with_name("report.html"))
-    _show(results, path.parent, json_)
+    results = merge({str(run): read_results(run) for run in runs})
+    only = runs[0] if runs[0].is_dir() else runs[0].parent
+    folder = out or (only if len(runs) == 1 else Path("runs/report"))
+    if folder != only or len(runs) > 1:
+        write_json(folder / "results.json", results)
+    write_report(results, folder / "report.html")
+    _show(results, folder, json_)
 
 
 def _show(results: dict[str, Any], folder: Path, as_json: bool) -> None:
@@ -123,13 +127,6 @@ def _under_torchrun(devices: int, nodes: int) -> NoReturn:
         )
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
     os.execv(sys.executable, [sys.executable, *launch, "-m", "headplug.cli", *sys.argv[1:]])
-
-
-def _numbers(name: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in split(text)]
-    except ValueError:
-        raise OptionError(f"--{name} takes numbers with commas between, not {text!r}.") from None
 
 
 def _quiet() -> None:

@@ -37,14 +37,11 @@ def answer(results: Results) -> list[str]:
     )
     where = f"`{best['tap']}`: {score} with a {best['probe']} probe"
     lead = f"Use the head `{head}` and read features at {where}."
-    if head == default:
+    if head == default and len(ranked(results)) == 1:
+        lead, verdict = f"Read features at {where}.", ""
+    elif head == default:
         lead = f"Keep the default head `{head}` and read features at {where}."
-        others = len({run["head"] for run in results["runs"]}) - 1
-        verdict = (
-            f"On held-out train it came first of {others + 1} heads."
-            if others
-            else "No other head ran."
-        )
+        verdict = f"On held-out train it came first of {len(ranked(results))} heads."
     elif gain is None:
         verdict = f"The default head `{default}` has no finished run: the gain over it is unknown."
     else:
@@ -76,7 +73,7 @@ def answer(results: Results) -> list[str]:
             "One seed: the intervals cover the choice of test images, not training luck. Repeat "
             "with more seeds before you rely on a small difference."
         )
-    return [lead, verdict, *layers, f"{basis}.", trust]
+    return [lead, *filter(None, [verdict]), *layers, f"{basis}.", trust]
 
 
 def results_table(results: Results) -> str:
@@ -92,7 +89,7 @@ def results_table(results: Results) -> str:
     Raises:
         DataError: The results have another schema.
     """
-    tables = "\n\n".join(_text(*table) for table in head_tables(results))
+    tables = "\n\n".join(_text(*table) for table in head_tables(results) if len(table[0]) > 1)
     return f"Accuracies in per cent, mean over seeds, 95% interval in brackets.\n\n{tables}"
 
 
@@ -138,9 +135,17 @@ def head_tables(results: Results) -> tuple[Table, Table]:
         layers.append([name, tap or "-", score(best), *(at(tap, o) for o in others), *spent])
     second = [("best layer", label) for label in ("tap", probe, *others)]
     return (
-        ([("", "head"), *first, ("before - after", "points")], accuracies),
-        ([("", "head"), *second, *costs], layers),
+        _filled([("", "head"), *first, ("before - after", "points")], accuracies),
+        _filled([("", "head"), *second, *costs], layers),
     )
+
+
+def _filled(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> Table:
+    """A table without the columns that nothing stands in."""
+    if not rows:
+        return columns, rows
+    kept = [i for i, cells in enumerate(zip(*rows, strict=True)) if set(cells) != {"-"}]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def ranked(results: Results) -> list[str]:

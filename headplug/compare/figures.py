@@ -118,10 +118,10 @@ def drawn(runs: Runs, look: Mapping[str, Look]) -> Iterator[tuple[str, str]]:
         yield text, accuracy_by_depth(runs, probe, look)
     if any(s.get("singular_values") for run in runs for s in run.get("spectra") or ()):
         text = (
-            "Feature spectrum: solid before the head (pre_projection), dashed after it "
-            "(projection). A curve that falls early means features in few directions."
+            "Feature spectrum: solid at {}, dashed at {}. A curve that falls early means features "
+            "in few directions."
         )
-        yield text, spectrum(runs, look)
+        yield text.format(*_ends(runs)), spectrum(runs, look)
     for probe, grids in _grids(runs).items():
         head = runs[0]["head"] if not look else next(iter(look))
         mine = [grid for grid, of_head in grids if of_head == head]
@@ -171,11 +171,11 @@ def accuracy_by_depth(runs: Runs, probe: str, look: Mapping[str, Look]) -> str:
 
 
 def spectrum(runs: Runs, look: Mapping[str, Look]) -> str:
-    """Singular values over the largest one; `pre_projection` solid, `projection` dashed."""
+    """Singular values over the largest one at two taps, one solid and one dashed."""
 
     def draw(ax: Any) -> None:
         for head, of_head in _by_head(runs, look):
-            for tap, dash in (("pre_projection", "-"), ("projection", "--")):
+            for tap, dash in zip(_ends(runs), ("-", "--"), strict=True):
                 curves = [
                     _array(s["singular_values"]) / max(s["singular_values"])
                     for run in of_head
@@ -237,6 +237,13 @@ def losses(runs: Runs, look: Mapping[str, Look]) -> str:
         ax.set_ylabel("training loss")
 
     return _svg(draw, "Training loss by epoch", height=2.3)
+
+
+def _ends(runs: Runs) -> tuple[str, str]:
+    """Before the head and after it; without a head the first tap and the last."""
+    taps = list(dict.fromkeys(row["tap"] for run in runs for row in run["taps"]))
+    both = ("pre_projection", "projection")
+    return both if set(both) <= set(taps) else (taps[0], taps[-1])
 
 
 def _grids(runs: Runs) -> dict[str, list[tuple[Mapping[str, Any], str]]]:

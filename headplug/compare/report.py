@@ -68,9 +68,10 @@ def _page(results: Results) -> str:
         "numbers": "",
     }
     if results["runs"]:
+        both = zip(_CAPTIONS, head_tables(results), strict=True)
         parts["numbers"] = (
             f"<section><h2>Head by head</h2>"
-            f"{''.join(map(_table, _CAPTIONS, head_tables(results)))}</section>"
+            f"{''.join(_table(c, t) for c, t in both if len(t[0]) > 1)}</section>"
             f"<section><h2>Layer by layer</h2>{_figures(results)}</section>"
             f"<section><h2>All numbers</h2>{_details(results)}</section>"
         )
@@ -128,6 +129,11 @@ def _details(results: Results) -> str:
                 "dimensions": number(row.get("dim"), 0),
                 "RankMe": number(row.get("rankme"), 1),
                 "effective rank": number(row.get("effective_rank"), 1),
+                "participation ratio": number(row.get("participation_ratio"), 1),
+                "stable rank": number(row.get("stable_rank"), 1),
+                "alpha": number(row.get("alpha"), 2),
+                "condition number": number(row.get("condition_number"), 0),
+                "dead units, %": score({"accuracy": row.get("dead_units")}),
             }
             for row in run.get("spectra") or ()
         ]

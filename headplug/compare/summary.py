@@ -69,16 +69,19 @@ def summarize(
         "selected_on": best_of[winner]["selected_on"],
     }
     gain = None
-    seeds = {s for h, s in hits if h == winner} & {s for h, s in hits if h == default_head}
-    if winner != default_head and seeds:
+    of = {h: {s for head, s in hits if head == h} for h in (winner, default_head)}
+    if winner != default_head and of[default_head]:
+        shared = sorted(of[winner] & of[default_head])
         ours, theirs = (
-            np.stack([hits[h, s][best_of[h]["tap"], probe] for s in sorted(seeds)])
+            np.stack([hits[h, s][best_of[h]["tap"], probe] for s in shared or sorted(of[h])])
             for h in (winner, default_head)
         )
+        if not shared:  # then pairs are of test images alone
+            ours, theirs = ours.mean(0, keepdims=True), theirs.mean(0, keepdims=True)
         gain = {
             "over": default_head,
             **_interval(_difference(ours, theirs), "mean"),
-            "method": METHOD,
+            "method": METHOD if shared else "paired bootstrap over test images",
         }
     return {
         "probe": probe,
@@ -92,7 +95,7 @@ def summarize(
 def as_record(report: LayerReport) -> dict[str, Any]:
     """What results.json keeps of the probes of one run."""
     content = report.content
-    kept = {key: content[key] for key in ("spectra", "grids", "hits", "about")}
+    kept = {key: content[key] for key in ("spectra", "grids", "profile", "hits", "about")}
     return {"taps": report.rows, **kept}
 
 

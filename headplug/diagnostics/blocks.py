@@ -82,9 +82,9 @@ class Source(NamedTuple):
             wrong = ~rows.isfinite().all(1)
             if wrong.any():
                 raise DataError(
-                    f"{int(wrong.sum())} of {len(rows)} samples of {self} hold NaN or infinity, "
-                    f"the first at row {start + int(wrong.int().argmax())}. Leave them out, or "
-                    "look for a model that diverged."
+                    f"{self} hold NaN or infinity, first in row "
+                    f"{start + int(wrong.int().argmax())}. Leave such samples out, or look for a "
+                    "model that diverged."
                 )
         return rows
 

@@ -27,7 +27,8 @@ class SpectrumOptions:
         rankme_eps: Added to each share p.
         effective_rank_of: The same choice for the effective rank, of the centred features.
         alpha_ranks: First and last eigenvalue of alpha-ReQ's fit, from 1; the last is cut to those
-            that are not zero. 6 to 100 is what the authors' library fits at its first call.
+            that are not zero. 6 to 100 is the range of the authors' library reptrix (5 to 99,
+            counted from 0) at its first call.
         alpha_weights: Of the eigenvalue of rank j in that fit: "1/rank", as that library, or
             "equal".
         limit: How many singular values to list at most.

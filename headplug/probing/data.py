@@ -70,7 +70,7 @@ class Targets:
         """As numbers to fit `(N, K)`, float32: 1 or 0 for each class or label; else the values."""
         if self.kind != "classes":
             return self.values.float()
-        out = torch.zeros(len(self), self.outputs, device=self.values.device)
+        out = torch.zeros(len(self), self.outputs, dtype=torch.float32, device=self.values.device)
         return out.scatter_(1, self.values[:, None], 1.0)
 
 

@@ -145,9 +145,12 @@ def knn_predict(
     whole = Bank(bank, [o.part for o in found], group)
     targets = _joined([o.targets for o in found if o.targets]).to(queries.device)
     settings = _clamped(settings, whole.size)
+    classes = targets.kind == "classes"
     out = queries.new_empty(
-        (len(settings), len(queries)) + (() if targets.kind == "classes" else (targets.outputs,)),
-        dtype=torch.long if targets.kind == "classes" else torch.float32,
+        len(settings),
+        len(queries),
+        *([] if classes else [targets.outputs]),
+        dtype=torch.long if classes else torch.float32,
     )
     for distance in DISTANCES:
         mine = [(i, s) for i, s in enumerate(settings) if s.distance == distance]
@@ -201,11 +204,12 @@ def _outcomes(targets: Targets, index: Tensor, weights: Tensor, ks: list[int]) -
         if classes:
             votes.scatter_add_(1, said[:, new], weights[:, new])
             yield votes.argmax(dim=1)
-        else:
+            continue
+        if k > start:
             votes += F.embedding_bag(
                 index[:, new], said, mode="sum", per_sample_weights=weights[:, new]
             )
-            yield votes / weights[:, :k].sum(1, keepdim=True)
+        yield votes / weights[:, :k].sum(1, keepdim=True)
 
 
 def _joined(found: list[Targets]) -> Targets:

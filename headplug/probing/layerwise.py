@@ -1,7 +1,7 @@
 """Every probe at every tap, with settings chosen without a look at the test labels.
 
 Everything is checked before the first probe runs. Settings are chosen on a held-out part of train,
-or by leaving one out where a probe gives that for nothing; the probe is then fitted to all of train
+the same for every probe, so that probes compare there too; the probe is then fitted to all of train
 and meets the test samples once. A protocol may say otherwise; every row says what was done. The
 caller's random state, grad mode, default type and device stay as they are.
 """
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from headplug.device import pick_device
-from headplug.diagnostics import describe
+from headplug.diagnostics import describe, weight_profile
 from headplug.errors import OptionError, unknown
 from headplug.probing.intervals import bootstrap, bootstrap_scores, quantiles, wilson_interval
 from headplug.probing.metrics import METRICS, score
-from headplug.probing.probes import PROBES, Fitted, Probe, probes_of
+from headplug.probing.probes import PROBES, Predict, Probe, probes_of
 from headplug.probing.protocols import PROTOCOLS, SELECT_ON, ProbeProtocol
 from headplug.probing.report import LayerReport
-from headplug.probing.table import ON_TEST
+from headplug.probing.table import AFTER, BEFORE, ON_TEST
 from headplug.probing.tasks import Features, Task, View, check_taps, few, views
 from headplug.progress import progress
 from headplug.store.ranks import team
@@ -90,11 +90,9 @@ def probe_layers(
     """
 
     def prepare() -> _Work:
-        rule = _rule(protocol, select_on, held_out)
+        rule = rule_of(protocol, select_on, held_out)
         asked = rule.probes if probes is None else probes_of(probes, {**PROBES, **rule.probes})
-        for name, value in (("draws", draws), *(("shots", n) for n in shots)):
-            if not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be positive whole numbers, not {value!r}.")
+        check_counts(shots=shots, draws=[draws])
         known, queries, found = views(train, test, tasks, rule, seed)
         if shots and any(task.train.kind != "classes" for task in found):
             raise OptionError("shots are samples of each class, and these labels are no classes.")
@@ -110,12 +108,14 @@ def probe_layers(
         mine = taps[ranks.rank :: ranks.size]
         with progress("probes", count, show=show_progress) as advance:
             parts = ranks.each(lambda: {tap: work.at(tap, advance) for tap in mine})
+        profile = ranks.first(work.profile)
     found = {tap: of_tap for part in parts for tap, of_tap in part.items()}
     outcomes = [outcome for tap in taps for outcome in found[tap][1]]
     return LayerReport(
         rows=[outcome.row for outcome in outcomes],
         spectra=[found[tap][0] for tap in taps],
         grids=[outcome.grid for outcome in outcomes],
+        profile=profile,
         about={
             "protocol": protocol if isinstance(protocol, str) else "own",
             **work.rule.config,
@@ -145,6 +145,12 @@ class _Work(NamedTuple):
     place: torch.device
     seed: int
 
+    def profile(self) -> dict[str, Any]:
+        """How the head weights features, where both of its sides are there."""
+        if not {BEFORE, AFTER} <= set(self.known.points):
+            return {}
+        return weight_profile(*(self.known[tap].to(self.place) for tap in (BEFORE, AFTER)))
+
     def at(self, tap: str, advance: Callable[..., None]) -> tuple[dict[str, Any], list[_Outcome]]:
         """What the features of a tap are like, and what every probe makes of them."""
         x, queries = self.known[tap].to(self.place), self.queries[tap].to(self.place)
@@ -164,9 +170,27 @@ class _Work(NamedTuple):
         return about, found
 
 
-def _rule(
+def check_counts(**given: Sequence[int]) -> None:
+    """Refuses what does not count.
+
+    Raises:
+        OptionError: A number is not positive and whole.
+    """
+    for name, values in given.items():
+        for value in values:
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} must be positive whole numbers, not {value!r}.")
+
+
+def rule_of(
     protocol: str | ProbeProtocol, select_on: str | None, held_out: float | None
 ) -> ProbeProtocol:
+    """A protocol, with another way to choose settings if one is asked for.
+
+    Raises:
+        UnknownNameError: There is no such protocol.
+        OptionError: There is no such way, or the part is impossible.
+    """
     if isinstance(protocol, str):
         if protocol not in PROTOCOLS:
             raise unknown("protocol", protocol, PROTOCOLS)
@@ -203,22 +227,18 @@ class _Run(NamedTuple):
         """With all training samples."""
         task, x = self.task, self.features
         probe, basis = self.probe.up_to(len(task.fit)), task.basis
-        if self.rule.select_on == "test":
-            fitted = self._fit(probe, x, task.train)
-            values = score(fitted.predict(self.queries), task.test)
-            basis = ON_TEST
-        elif probe.kind == "ridge" and not self.rule.resplit:
-            fitted = self._fit(probe, x, task.train)
-            assert fitted.left_out is not None
-            values = score(fitted.left_out, task.train)
-            basis = "train, each sample left out in turn"
+        on_test = self.rule.select_on == "test"
+        if on_test:
+            predicted, basis = self._fit(probe, x, task.train)(self.queries), ON_TEST
+            values = score(predicted, task.test)
         else:
-            fitted = self._fit(probe, x[task.fit], task.train[task.fit])
-            values = self._held(fitted)
+            predict = self._fit(probe, x[task.fit], task.train[task.fit])
+            values = self._held(predict)
         chosen = int(values.argmax())
-        if basis == task.basis and not self.rule.resplit and not probe.training.keep_best:
-            fitted = self._fit(probe.only(chosen), x, task.train)
-        predicted = fitted.predict(self.queries)
+        if not on_test:
+            if not self.rule.resplit and not probe.training.keep_best:
+                predict = self._fit(probe.only(chosen), x, task.train)
+            predicted = predict(self.queries)
         result = predicted[chosen if len(predicted) > 1 else 0]
         if task.test.kind == "classes":
             result = (result == task.test.values)[None]
@@ -229,23 +249,23 @@ class _Run(NamedTuple):
         task, probe = self.task, self.probe.up_to(len(rows[0]))
         values, hits = [], []
         for of_draw in rows:
-            fitted = self._fit(probe, self.features[of_draw], task.train[of_draw])
-            predicted = fitted.predict(self.queries)
+            predict = self._fit(probe, self.features[of_draw], task.train[of_draw])
+            predicted = predict(self.queries)
             hits.append(predicted == task.test.values)
             on_test = self.rule.select_on == "test"
-            values.append(score(predicted, task.test) if on_test else self._held(fitted))
+            values.append(score(predicted, task.test) if on_test else self._held(predict))
         mean = torch.stack(values).mean(0)
         chosen = int(mean.argmax())
         basis = ON_TEST if on_test else task.basis
         return self._outcome(probe, mean, chosen, torch.stack(hits)[:, chosen], basis, shots)
 
-    def _fit(self, probe: Probe, features: Tensor, targets: Any) -> Fitted:
+    def _fit(self, probe: Probe, features: Tensor, targets: Any) -> Predict:
         held = self.features[self.task.held], self.task.train[self.task.held]
         return probe.fit(features, targets, seed=self.seed, validation=held)
 
-    def _held(self, fitted: Fitted) -> Tensor:
+    def _held(self, predict: Predict) -> Tensor:
         held = self.task.held
-        return score(fitted.predict(self.features[held]), self.task.train[held])
+        return score(predict(self.features[held]), self.task.train[held])
 
     def _outcome(
         self,

@@ -88,8 +88,6 @@ def fit_linear_on(
         per_epoch = len(loader)  # type: ignore[arg-type]
     except TypeError:
         raise OptionError("the loader has no length; give a DataLoader or a list.") from None
-    if not per_epoch:
-        raise DataError("the loader is empty.")
     layout = Layout(model)
     asked = layout.resolve(requested(at, Tap("", 0, pool, False, False, None, None, False)))
     tensors = (*model.parameters(), *model.buffers())
@@ -104,7 +102,9 @@ def fit_linear_on(
         Reader(layout, None, asked, compiled=True) as reader,
     ):
         standard = any(s.normalize == "standard" for s in settings)
-        first = next(_read(reader, loader, home, place, num_classes))
+        first = next(_read(reader, loader, home, place, num_classes), None)
+        if first is None:
+            raise DataError("the loader is empty.")
         targets = first[1]
         moments = {tap: _Moments(rows) for tap, rows in first[0].items()}
         if standard or (num_classes is None and targets.kind == "classes"):
@@ -119,8 +119,11 @@ def fit_linear_on(
             for tap, m in moments.items()
         }
         classes = targets.outputs if targets.kind == "classes" else None
-        done = 0
+        done, before = 0, -1
         while done < steps:
+            if done == before:
+                raise DataError("the loader gives batches only once; give a DataLoader or a list.")
+            before = done
             for found, some in _read(reader, loader, home, place, classes):
                 if done == steps:
                     break

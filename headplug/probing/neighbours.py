@@ -190,8 +190,8 @@ def _squared(rows: Tensor) -> Tensor:
 def _topk(gaps: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` smallest of each row and their columns, in any order.
 
-    The row is folded; only the `k` columns with the smallest minima can hold them. That is up to
-    three times as fast as `torch.topk` on the whole row.
+    The row is folded; only the `k` columns with the smallest minima can hold them. On a CPU that is
+    twice to four times as fast as `torch.topk` on a row of 10,000.
     """
     count = gaps.shape[1]
     height = math.isqrt(count // k)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -22,17 +22,8 @@ from headplug.probing.ridge import RidgeSetting, fit_ridge, ridge_grid
 Pair = tuple[Tensor, Targets]
 
 
-class Fitted(NamedTuple):
-    """A probe of S settings that has seen its training samples.
-
-    Attributes:
-        predict: Makes of `(M, D)` features classes `(S, M)` or numbers `(S, M, K)`.
-        left_out: The same of each training sample by a probe fitted without it, where that costs
-            nothing.
-    """
-
-    predict: Callable[[Tensor], Tensor]
-    left_out: Tensor | None = None
+Predict = Callable[[Tensor], Tensor]
+"""Makes of `(M, D)` features what S settings predict: classes `(S, M)` or numbers `(S, M, K)`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class Probe:
 
     def fit(
         self, features: Tensor, targets: Targets, *, seed: int = 0, validation: Pair | None = None
-    ) -> Fitted:
+    ) -> Predict:
         """Fits all settings to `(N, D)` features.
 
         Args:
@@ -97,13 +88,13 @@ class Probe:
         return KINDS[type(self.settings[0])][1](self, features, targets, seed, validation)
 
 
-def _knn(probe: Probe, features: Tensor, targets: Targets, seed: int, _: Pair | None) -> Fitted:
-    return Fitted(lambda queries: knn_predict(features, targets, queries, probe.settings))
+def _knn(probe: Probe, features: Tensor, targets: Targets, seed: int, _: Pair | None) -> Predict:
+    return lambda queries: knn_predict(features, targets, queries, probe.settings)
 
 
 def _linear(
     probe: Probe, features: Tensor, targets: Targets, seed: int, validation: Pair | None
-) -> Fitted:
+) -> Predict:
     needed = validation if probe.training.keep_best else None
     models = fit_linear(
         features,
@@ -113,25 +104,24 @@ def _linear(
         validation=needed,
         seed=seed,
     )
-    return Fitted(models.predict)
+    return models.predict
 
 
-def _ridge(probe: Probe, features: Tensor, targets: Targets, seed: int, _: Pair | None) -> Fitted:
-    models = fit_ridge(features, targets, probe.settings)
-    return Fitted(models.predict, models.left_out)
+def _ridge(probe: Probe, features: Tensor, targets: Targets, seed: int, _: Pair | None) -> Predict:
+    return fit_ridge(features, targets, probe.settings).predict
 
 
 def _logistic(
     probe: Probe, features: Tensor, targets: Targets, seed: int, _: Pair | None
-) -> Fitted:
-    return Fitted(fit_logistic(features, targets, probe.settings).predict)
+) -> Predict:
+    return fit_logistic(features, targets, probe.settings).predict
 
 
-def _mlp(probe: Probe, features: Tensor, targets: Targets, seed: int, _: Pair | None) -> Fitted:
-    return Fitted(fit_mlp(features, targets, probe.settings, seed=seed).predict)
+def _mlp(probe: Probe, features: Tensor, targets: Targets, seed: int, _: Pair | None) -> Predict:
+    return fit_mlp(features, targets, probe.settings, seed=seed).predict
 
 
-KINDS: Mapping[type, tuple[str, Callable[..., Fitted]]] = {
+KINDS: Mapping[type, tuple[str, Callable[..., Predict]]] = {
     KNNSetting: ("knn", _knn),
     LinearSetting: ("linear", _linear),
     RidgeSetting: ("ridge", _ridge),

@@ -57,22 +57,27 @@ class ProbeProtocol:
 
     def __str__(self) -> str:
         """All of it, in lines."""
-        lines = [f"source: {self.source}", f"not as there: {self.differs}"]
-        if self.resplit:
-            parts = "/".join(f"{part:.0%}" for part in self.resplit)
-            lines.append(f"the test samples are divided {parts}: fit, choose, report")
-        elif self.select_on == "test":
-            lines.append("settings are chosen on the test samples, as there")
-        else:
-            lines.append(f"settings are chosen on {self.held_out:.0%} of train, held out")
-        for name, probe in self.config["probes"].items():
-            lines.append(f"{name}: {probe['kind']}, {len(probe['settings'])} settings")
-            columns = {
-                k: dict.fromkeys(s[k] for s in probe["settings"]) for k in probe["settings"][0]
-            }
-            lines += [f"  {k}: {', '.join(map(_plain, v))}" for k, v in columns.items()]
-            lines += [f"  {k}: {_plain(v)}" for k, v in probe.get("training", {}).items()]
-        return "\n".join(lines)
+        return spelled(self.config)
+
+
+def spelled(config: Mapping[str, Any]) -> str:
+    """All of a protocol's `config`, in lines."""
+    lines = [f"source: {config['source']}", f"not as there: {config['differs']}"]
+    if config["resplit"]:
+        parts = "/".join(f"{part:.0%}" for part in config["resplit"])
+        lines.append(f"the test samples are divided {parts}: fit, choose, report")
+    elif config["select_on"] == "test":
+        lines.append("settings are chosen on the test samples")
+    else:
+        lines.append(f"settings are chosen on {config['held_out']:.0%} of train, held out")
+    for name, probe in config["probes"].items():
+        settings = probe["settings"]
+        lines.append(f"{name}: {probe['kind']}, {len(settings)} settings")
+        for key in settings[0]:
+            values = dict.fromkeys(_plain(s[key]) for s in settings if s[key] is not None)
+            lines += [f"  {key}: {', '.join(values)}"] if values else []
+        lines += [f"  {k}: {_plain(v)}" for k, v in probe.get("training", {}).items()]
+    return "\n".join(lines)
 
 
 def _plain(value: Any) -> str:

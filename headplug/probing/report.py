@@ -24,9 +24,11 @@ from headplug.files import atomic, write_json
 from headplug.probing import metrics
 from headplug.probing.data import Targets
 from headplug.probing.intervals import Difference, holm, paired_hits, paired_scores
+from headplug.probing.protocols import spelled
 from headplug.probing.table import AFTER, BEFORE, percent, table, title
 
 SCHEMA = 2
+KEPT = ("rows", "spectra", "grids", "profile", "about")
 KEY = ("tap", "task", "probe", "shots")
 
 
@@ -42,6 +44,8 @@ class LayerReport:
             (under "val_" and the name), selected_on (which these are), n_test.
         spectra: One dict a tap, of its training features; see `headplug.diagnostics.DEFINITIONS`.
         grids: One dict a row: every setting with its value on what it was chosen on.
+        profile: How the head weights features, `headplug.diagnostics.weight_profile` from
+            pre_projection to projection; empty without these taps.
         about: The protocol with its whole setting, and the seed.
         outcomes: A tensor a row: hits `(R, M)` of M test samples in R draws for classes, which are
             saved; else predictions `(M, K)`, which are not.
@@ -51,6 +55,7 @@ class LayerReport:
     rows: list[dict[str, Any]]
     spectra: list[dict[str, Any]]
     grids: list[dict[str, Any]] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     outcomes: list[Tensor] = field(default_factory=list)
     answers: dict[str, Targets] = field(default_factory=dict)
@@ -167,6 +172,11 @@ class LayerReport:
         """Values with intervals by tap and probe, and the ranks, as plain text."""
         return table(self)
 
+    @property
+    def setting(self) -> str:
+        """The protocol's whole setting, in lines."""
+        return spelled(self.about)
+
     def plot(self, path: str | Path) -> Path:
         """Draws values by depth, singular spectra and the grids into an image file.
 
@@ -204,6 +214,7 @@ class LayerReport:
             "rows": self.rows,
             "spectra": self.spectra,
             "grids": self.grids,
+            "profile": self.profile,
             "about": self.about,
             "hits": [_packed(o) if o.dtype == torch.bool else None for o in self.outcomes],
             "definitions": {**metrics.DEFINITIONS, **diagnostics.DEFINITIONS},
@@ -235,7 +246,7 @@ class LayerReport:
                 raise DataError(
                     f"{path} has schema {content['schema']!r}; this version reads {SCHEMA}."
                 )
-            kept = {key: content[key] for key in ("rows", "spectra", "grids", "about")}
+            kept = {key: content[key] for key in KEPT}
             return cls(**kept, outcomes=[unpacked(h) for h in content["hits"]])
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):

@@ -36,6 +36,18 @@ def table(report: LayerReport) -> str:
                 found = [gap for gap in gaps if gap["task"] == task]
                 text += [*aligned(_cells(mine, found, () if few else report.spectra)), ""]
         text += _below(rows, report.best_by_task[task], gaps)
+    if report.about:
+        text.append(
+            f"Protocol: {report.about['protocol']} ({report.about['source']}); report.setting is "
+            "all of it."
+        )
+    if report.profile.get("slope") is not None:
+        text.append(
+            f"Feature weights after the head go with their weight before it to the power of "
+            f"{report.profile['slope']:.2f} (R² {report.profile['slope_r2']:.2f}, "
+            f"{report.profile['fitted']} features; 1 leaves them alone, 2 squares them: arXiv "
+            "2403.11391)."
+        )
     used = dict.fromkeys(row["metric"] for row in report.rows)
     text += [f"{metric}: {DEFINITIONS[metric]}" for metric in used if metric != "accuracy"]
     return "\n".join([*text, *(DIAGNOSTICS[rank] for rank in RANKS)])

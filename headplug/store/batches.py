@@ -1,14 +1,20 @@
-"""What a batch of a loader holds."""
+"""What a batch of a loader holds: images, labels, and what its samples are called.
+
+Samples are called by integers, or by strings where a loader gives such, e.g. file names.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
 from headplug.errors import DataError
-from headplug.store.ids import Ids, as_ids
+
+Ids = Tensor | list[str]
 
 
 class Batch(NamedTuple):
@@ -64,7 +70,14 @@ def as_labels(labels: Any) -> Tensor:
     try:
         found = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"the labels cannot be made a tensor: {error}.") from None
+        why = f"the labels cannot be made a tensor: {error}."
+        words = numpy.ravel(numpy.asarray(labels, dtype=object))[:1]
+        if any(isinstance(word, str) for word in words):
+            why = (
+                f"labels must be numbers, not strings such as {str(words[0])!r}: map each to an "
+                "integer, or leave them out."
+            )
+        raise DataError(why) from None
     if found.ndim not in (1, 2) or found.is_complex():
         kind = str(found.dtype).removeprefix("torch.")
         raise DataError(
@@ -72,3 +85,44 @@ def as_labels(labels: Any) -> Tensor:
         )
     found = found.detach().cpu()
     return found.clone() if found.is_floating_point() else found.long().clone()
+
+
+def as_ids(ids: Any, count: int) -> Ids | None:
+    """Integers as int64 `(count,)`, or strings, as they are; None if it is something else."""
+    if isinstance(ids, tuple | list) and ids and all(isinstance(i, str) for i in ids):
+        return list(ids) if len(ids) == count else None
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    return found.long().cpu().clone() if whole and found.shape == (count,) else None
+
+
+def join_ids(parts: Sequence[Ids]) -> Ids:
+    """The ids of several parts, all integers or all strings, as one.
+
+    Raises:
+        DataError: They are not.
+    """
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts):
+        return torch.cat(tensors)
+    if tensors:
+        raise DataError("ids must be all integers or all strings; some samples have the other.")
+    return [name for part in parts for name in part]
+
+
+def distinct(parts: Sequence[Ids]) -> None:
+    """Checks that no id of several parts is there twice.
+
+    Raises:
+        DataError: One is.
+    """
+    ids = join_ids(parts)
+    different = len(set(ids) if isinstance(ids, list) else ids.unique())
+    if different < len(ids):
+        raise DataError(
+            f"ids must differ: {len(ids)} samples have {different}. The third entry of a batch is "
+            "taken as their ids; leave it out if it is something else."
+        )

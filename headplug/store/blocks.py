@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from headplug.errors import DataError
-from headplug.store.ids import ids_of, in_order, with_ids
-from headplug.store.shards import IDS, LABELS, NAMES
+from headplug.store.batches import Ids, join_ids
+
+LABELS, IDS, NAMES = ":labels", ":ids", ":names"
+RESERVED = (LABELS, IDS, NAMES, "__metadata__")  # the last is safetensors' own
+"""What no tap can be called."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What features can be kept as; NumPy and Arrow have no other."""
 
 
 class Block(Protocol):
@@ -41,7 +47,7 @@ class Loose:
     @property
     def points(self) -> Sequence[str]:
         """Its taps."""
-        return [name for name in self.tensors if name not in (LABELS, IDS, NAMES)]
+        return [name for name in self.tensors if name not in RESERVED]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -51,6 +57,61 @@ class Loose:
     def tensor(self, name: str) -> Tensor:
         """Features of a tap, or labels or ids."""
         return self.tensors[name]
+
+
+def nameable(points: Iterable[Any]) -> None:
+    """Checks that taps are called by strings that a store does not need for itself.
+
+    Raises:
+        DataError: They are not.
+    """
+    for point in points:
+        if not isinstance(point, str) or point in RESERVED:
+            why = "which a store needs for itself" if point in RESERVED else "which is no string"
+            raise DataError(f"a tap is called {point!r}, {why}; give it another name.")
+
+
+def named(dtypes: Iterable[torch.dtype]) -> str:
+    """Types, for messages.
+
+    >>> named([torch.float32, torch.float16])
+    'float32, float16'
+    """
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def with_ids(tensors: Mapping[str, Tensor], ids: Ids) -> dict[str, Tensor]:
+    """The tensors of a block with its ids among them."""
+    if isinstance(ids, Tensor):
+        return {**tensors, IDS: ids}
+    text = bytearray(json.dumps(ids).encode())
+    return {**tensors, NAMES: torch.frombuffer(text, dtype=torch.uint8)}
+
+
+def ids_of(block: Block) -> Ids:
+    """The ids of a block's samples, as they are in it."""
+    if IDS in block.shapes:
+        return block.tensor(IDS)
+    names: list[str] = json.loads(block.tensor(NAMES).numpy().tobytes())
+    return names
+
+
+def in_order(parts: Sequence[Ids]) -> tuple[Ids, Tensor | None]:
+    """The ids in order, each once, and where each is; None where that is the order of the parts."""
+    ids = join_ids(parts)
+    if isinstance(ids, list):
+        first: dict[str, int] = {}
+        for place, name in enumerate(ids):
+            first.setdefault(name, place)
+        known = sorted(first)
+        order = [first[name] for name in known]
+        return known, None if order == list(range(len(ids))) else torch.tensor(order, device="cpu")
+    if bool((ids[1:] > ids[:-1]).all()):
+        return ids, None
+    ids, places = ids.sort(stable=True)
+    new = torch.ones(len(ids), dtype=torch.bool, device="cpu")
+    new[1:] = ids[1:] != ids[:-1]
+    return ids[new], places[new]
 
 
 def joined(blocks: Sequence[Loose]) -> Loose:
@@ -82,8 +143,9 @@ def check(blocks: Sequence[Block]) -> None:
         shapes = block.shapes
         count = next(iter(shapes.get(points[0], ())), 0)
         for name, shape in shapes.items():
-            what = f"{name!r} has" if name in points else f"there are {name.lstrip(':')} of"
-            if name in points and len(shape) < 2:
+            is_tap = name not in RESERVED
+            what = f"{name!r} has" if is_tap else f"there are {name.lstrip(':')} of"
+            if is_tap and len(shape) < 2:
                 raise DataError(
                     f"the features at {name!r} must be (N, D) or (N, ...), not {shape}."
                 )

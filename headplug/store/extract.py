@@ -19,26 +19,15 @@ from torch import Tensor, nn
 
 from headplug.errors import RunError
 from headplug.heads.base import positive
-from headplug.progress import progress
 from headplug.store.blocks import Loose, check, joined
 from headplug.store.features import FeatureStore
 from headplug.store.fingerprint import Fingerprint, differences
-from headplug.store.ids import Ids, ids_of, join_ids
-from headplug.store.loaders import Listed, Stream, open_loader, same_random_state
+from headplug.store.folder import INDEX, claimed, look, prepare, write_index
+from headplug.store.loaders import Stream, open_loader, same_random_state
 from headplug.store.model import TappedModel
 from headplug.store.ranks import Team, team
-from headplug.store.resume import look
-from headplug.store.shards import (
-    AGAIN,
-    INDEX,
-    LABELS,
-    Shard,
-    claimed,
-    prepare,
-    shard_path,
-    write_index,
-)
-from headplug.store.sink import Sink
+from headplug.store.shards import Shard, shard_path
+from headplug.store.work import Sink, Work
 from headplug.taps.options import Pool
 
 
@@ -64,7 +53,8 @@ def extract_features(
 
     Args:
         model: Any module; it runs in eval mode without autograd, and is left in the mode it had.
-            On several processes all use the first one's buffers meanwhile, as DDP does.
+            On several processes all use the first one's buffers meanwhile, as DDP does; what
+            fully_shard spreads over them they run together.
         loader: A DataLoader over a data set with a length: each sample that its sampler names is
             read once, in the order of its index, whatever it shuffles, repeats or drops as an
             incomplete batch. Or any iterable of batches: samples are kept in the order of their
@@ -98,7 +88,7 @@ def extract_features(
             `pool`, gives something else than a row per image.
         RunError: `out` holds features of another extraction (the message says what differs),
             another process writes there, or it cannot be written; another process failed, does
-            not take part, or its model or options differ.
+            not take part, or its model or options differ; or the model has no values yet.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
     >>> batches = [(torch.rand(5, 4), torch.arange(5)), (torch.rand(3, 4), torch.arange(3))]
@@ -131,10 +121,9 @@ def extract_features(
                 return FeatureStore.open(folder)
             whole = left.whole
             if left.damaged and ranks.rank == 0:
-                lines = "\n".join(left.damaged).replace(AGAIN, "It is made anew.")
-                warnings.warn(lines, stacklevel=2)
+                warnings.warn(f"{left.damaged} What is damaged is made anew.", stacklevel=2)
             ranks.first(lambda: stack.enter_context(claimed(folder)))
-        work = _Work(tapped, samples, Sink(folder, fingerprint), whole)
+        work = Work(tapped, samples, Sink(folder, fingerprint), whole, ranks)
         with buffers:
             made = ranks.each(lambda: work(show_progress and ranks.rank == 0))
         blocks = {number: block for part in made for number, block in part.items()}
@@ -148,70 +137,6 @@ def extract_features(
             )
         ranks.first(lambda: _finish(folder, numbers, fingerprint))
         return FeatureStore.open(folder)
-
-
-class _Work:
-    """One process's share of the shards.
-
-    Args:
-        model: What computes rows.
-        samples: What there is to read.
-        sink: Takes the shards.
-        whole: Numbers of the shards that are there.
-    """
-
-    def __init__(
-        self, model: TappedModel, samples: Listed | Stream, sink: Sink, whole: set[int]
-    ) -> None:
-        self.model, self.samples, self.sink, self.whole = model, samples, sink, whole
-        self.made: dict[int, dict[str, Tensor]] = {}
-
-    def __call__(self, show: bool) -> dict[int, dict[str, Tensor]]:
-        """Does it.
-
-        Returns:
-            By number the shards that were made (their tensors, where no folder takes them) or met.
-        """
-        listed = isinstance(self.samples, Listed)
-        total = self.samples.count(self.whole)
-        what = "features" if listed else "features (batches)"
-        with (
-            self.model.open() as rows_of,
-            self.sink as sink,
-            progress(what, total, show=show) as advance,
-        ):
-            parts: dict[str, list[Tensor]] = {}
-            ids: list[Ids] = []
-            number = 0
-            for number, last, images, labels, names in self.samples.batches(self.whole):
-                ids.append(names)
-                if labels is not None:
-                    parts.setdefault(LABELS, []).append(labels)
-                if number not in self.whole:
-                    for point, rows in rows_of(images).items():
-                        parts.setdefault(point, []).append(rows)
-                sink.check()
-                advance("", len(names) if listed else 1)
-                if last:
-                    self._end(number, parts, ids)
-                    parts, ids = {}, []
-            if ids:
-                self._end(number, parts, ids)
-        return {**self.made, **sink.kept}
-
-    def _end(self, number: int, parts: dict[str, list[Tensor]], ids: list[Ids]) -> None:
-        """Hands over a shard; one that is there must be of the same samples."""
-        self.made[number] = {}
-        if number not in self.whole:
-            self.sink.put(number, parts, ids, self.model.arrived())
-        elif self.sink.folder is not None:
-            there, here = ids_of(Shard(shard_path(self.sink.folder, number))), join_ids(ids)
-            if list(there) != list(here):
-                raise RunError(
-                    f"the loader gives other samples, or in another order, than when shard {number}"
-                    f" in {self.sink.folder} was written. Seed it as it was then, or name another "
-                    "folder."
-                )
 
 
 def _finish(folder: Path, numbers: Sequence[int], fingerprint: Fingerprint) -> None:

@@ -15,11 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headplug.errors import CheckpointError, DataError, unknown
-from headplug.store.batches import as_labels
-from headplug.store.blocks import Block, Loose, check
-from headplug.store.ids import as_ids, ids_of, in_order, with_ids
-from headplug.store.shards import LABELS, read_store
+from headplug.errors import DataError, unknown
+from headplug.store.batches import as_ids, as_labels
+from headplug.store.blocks import (
+    FLOATS,
+    LABELS,
+    Block,
+    Loose,
+    check,
+    ids_of,
+    in_order,
+    nameable,
+    named,
+    with_ids,
+)
+from headplug.store.folder import read_store
+from headplug.store.shards import DamagedError, damage, read_all
 
 if TYPE_CHECKING:
     import numpy
@@ -73,8 +84,10 @@ class FeatureStore:
             ids: N different integers or strings; left out, running numbers.
 
         Raises:
-            DataError: A tap is not `(N, ...)`, or labels or ids do not fit.
+            DataError: A tap is not `(N, ...)` or has a name that a store needs for itself, or
+                labels or ids do not fit.
         """
+        nameable(features)
         tensors = {}
         for point, values in features.items():
             try:
@@ -83,6 +96,12 @@ class FeatureStore:
                 raise DataError(
                     f"the features at {point!r} cannot be made a tensor: {error}."
                 ) from None
+            kind = tensors[point].dtype
+            if kind.is_complex or (kind.is_floating_point and kind not in FLOATS):
+                raise DataError(
+                    f"the features at {point!r} are {kind}, which cannot be kept; make them one of "
+                    f"{named(FLOATS)}."
+                )
         if labels is not None:
             tensors[LABELS] = as_labels(labels)
         count = next((len(t) for t in tensors.values() if t.ndim), 0)
@@ -188,16 +207,8 @@ class FeatureStore:
         Raises:
             CheckpointError: Shards are damaged; the message names all of them.
         """
-        damaged = []
-        for block in self._blocks:
-            for name in block.shapes:
-                try:
-                    block.tensor(name)
-                except CheckpointError as error:
-                    damaged.append(str(error))
-                    break
-        if damaged:
-            raise CheckpointError("\n".join(damaged))
+        if found := damage(read_all, self._blocks):
+            raise DamagedError(found)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

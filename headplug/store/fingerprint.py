@@ -168,7 +168,8 @@ def _feed(sink: _Sink, what: Any, above: set[int]) -> None:
     if id(what) in above:  # an object that holds itself
         return
     above = {*above, id(what)}
-    sink.update(f"{type(what).__qualname__}:".encode())
+    kind = Tensor if isinstance(what, Tensor) else type(what)
+    sink.update(f"{kind.__qualname__}:".encode())
     if isinstance(what, Tensor):
         _feed_tensor(sink, what)
     elif isinstance(what, nn.Module):
@@ -221,7 +222,9 @@ def _content(cell: CellType) -> Any:
 
 def _feed_tensor(sink: _Sink, tensor: Tensor) -> None:
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    # of a copy: NumPy would keep FSDP from freeing the memory of what it looks at
+    tensor = tensor.detach().to("cpu", copy=True)
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     # several times as fast as a cryptographic hash, and weights can be many gigabytes
     sink.update(f"{tensor.dtype}{tuple(tensor.shape)}{zlib.crc32(content)}".encode())
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from headplug.errors import DataError
-from headplug.store.batches import Batch, parse
+from headplug.store.batches import Batch, Ids, distinct, parse
 from headplug.store.fingerprint import Fingerprint, digest
-from headplug.store.ids import Ids, distinct
 from headplug.store.ranks import Team
 
 SAMPLED = 8  # samples that stand for all in a fingerprint
@@ -62,7 +61,8 @@ class Listed:
     def fingerprint(self) -> Fingerprint:
         """Of the indices, of a few samples as the loader gives them, and of how they are cut."""
         count = min(SAMPLED, len(self._ids))
-        places = torch.linspace(0, len(self._ids) - 1, count, device="cpu").long()
+        ends = (0, len(self._ids) - 1)  # a half default dtype would miss them
+        places = torch.linspace(*ends, count, dtype=torch.float64, device="cpu").long()
         # in a worker where the user has workers: files opened here would be shared with those
         workers = min(1, self._loader.num_workers)
         with same_random_state(None):
@@ -106,6 +106,11 @@ class Listed:
                 )
             yield Batch(number, last, images, labels, ids)
 
+    def example(self) -> Tensor:
+        """One image, `(1, ...)`."""
+        (batch,) = self._load([self._ids[:1].tolist()], 0)
+        return parse(batch)[0]
+
     def _load(self, batches: Iterable[list[int]], workers: int) -> DataLoader[Any]:
         """A loader made like the user's, of other batches."""
         given = self._loader
@@ -131,7 +136,7 @@ class Stream:
     """Samples in the order in which any iterable gives them in batches.
 
     Args:
-        loader: The iterable; its first batch is read at once.
+        loader: The iterable; its first batch is read at once. Empty ones are passed over.
         ranks: The processes that share the work, each iterating over its own part.
         shard_size: How many samples fill a shard; the batch that fills it ends it.
 
@@ -142,18 +147,17 @@ class Stream:
     def __init__(self, loader: Iterable[Any], ranks: Team, shard_size: int) -> None:
         self._ranks, self._size = ranks, shard_size
         self._kind, self._total = type(loader).__qualname__, length_hint(loader) or None
-        self._rest = iter(loader)
-        self._first = list(islice(self._rest, 1))
-        found = ranks.each(self._look)
-        if not any(found):
+        self._rest = (parsed for parsed in map(parse, loader) if len(parsed[0]))
+        self._parts = ranks.each(self._look)
+        if not any(self._parts):
             raise DataError(EMPTY)
-        self._parts = found
 
     def _look(self) -> str:
         """A digest of the first batch; empty if there is none."""
+        self._first = list(islice(self._rest, 1))
         if not self._first:
             return ""
-        if parse(self._first[0])[2] is None and self._ranks.size > 1:
+        if self._first[0][2] is None and self._ranks.size > 1:
             raise DataError(
                 f"{self._ranks.size} processes iterate over a {self._kind} whose samples have no "
                 "ids, so nothing tells which of them two processes share. Let it give (images, "
@@ -170,6 +174,16 @@ class Stream:
             "processes": self._ranks.size,
         }
 
+    def example(self) -> Tensor:
+        """Images of the first batch.
+
+        Raises:
+            DataError: There is none.
+        """
+        if not self._first:
+            raise DataError(EMPTY)
+        return self._first[0][0]
+
     def count(self, whole: Container[int]) -> int | None:
         """How many batches there are, as far as that is known."""
         return self._total
@@ -182,8 +196,7 @@ class Stream:
         """
         number, rows, seen = self._ranks.rank, 0, 0
         given: list[Ids] = []
-        for batch in chain(self._first, self._rest):
-            images, labels, ids = parse(batch)
+        for images, labels, ids in chain(self._first, self._rest):
             if seen and bool(given) == (ids is None):
                 raise DataError("the ids are missing in some batches and there in others.")
             if ids is None:

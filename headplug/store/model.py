@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from headplug.errors import DataError, OptionError, RunError
+from headplug.store.blocks import FLOATS, nameable, named
 from headplug.store.fingerprint import Fingerprint, of_model, of_request
 from headplug.taps.modes import evaluating
 from headplug.taps.options import Pool, Tap, requested
@@ -26,6 +27,9 @@ class TappedModel:
     Args:
         model, at, pool, dtype, transform: As `extract_features` takes them.
 
+    Attributes:
+        in_step: Whether all processes must run it together, because FSDP spreads its weights.
+
     Raises:
         HeadplugError: As `extract_features` says.
     """
@@ -38,20 +42,38 @@ class TappedModel:
         dtype: torch.dtype,
         transform: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise OptionError(f"dtype is one of torch's floats, e.g. torch.float16, not {dtype!r}.")
+        if dtype not in FLOATS:
+            raise OptionError(f"dtype is one of torch's floats {named(FLOATS)}, not {dtype!r}.")
         self.layout = Layout(model)
-        if self.layout.sharded and dist.get_world_size() > 1:
+        self.in_step = self.layout.sharded and dist.get_world_size() > 1
+        if self.in_step and "FullyShardedDataParallel" in {
+            type(m).__name__ for m in model.modules()
+        }:
             raise RunError(
-                "FSDP spreads the model's weights over the processes, which then must all run the "
-                "same number of batches. Load the checkpoint into the plain model on each process."
+                "FullyShardedDataParallel keeps parts of weights that cannot be compared. Use "
+                "fully_shard, its successor, or load the checkpoint into the plain model."
             )
         default = Tap("", 0, pool, False, False, None, None, False)
         self.asked = self.layout.resolve(requested(at, default))
         self.points = flat(self.asked)
+        self._named: dict[str, Point] = {}
+        for name, one in self.asked.items():
+            self._named |= {name: one} if isinstance(one, Point) else one
+        nameable(self._named)
         self.dtype, self.transform = dtype, transform
-        tensors = (*model.parameters(), *model.buffers())
-        self.device = next((t.device for t in tensors), torch.device("cpu"))
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        for name, tensor in tensors:
+            if is_lazy(tensor):
+                raise RunError(
+                    f"{name} of the model has no shape before the first batch. Run one through the "
+                    "model: model(images)."
+                )
+            if tensor.is_meta:
+                raise RunError(
+                    f"{name} of the model is on the meta device, where there are no values. Load "
+                    "the weights first: model.load_state_dict(state, assign=True)."
+                )
+        self.device = next((t.device for _, t in tensors), torch.device("cpu"))
 
     def fingerprint(self) -> Fingerprint:
         """Of the model and of what is read of it."""
@@ -61,15 +83,9 @@ class TappedModel:
     @contextmanager
     def open(self) -> Iterator[Callable[[Tensor], dict[str, Tensor]]]:
         """Gives a function that makes rows of a batch of images, by tap in depth order."""
-        asked = {
-            name: _checking(points)
-            if isinstance(points, Point)
-            else {n: _checking(p) for n, p in points.items()}
-            for name, points in self.asked.items()
-        }
         with (
             evaluating(self.layout.model),
-            Reader(self.layout, None, asked, compiled=True) as reader,
+            Reader(self.layout, None, self.asked, compiled=True) as reader,
         ):
             yield partial(self._rows, reader)
 
@@ -93,30 +109,14 @@ class TappedModel:
                 f"{point!r} gives a {type(value).__name__}, not a tensor; name a part of it, "
                 f"e.g. '{point}:output[0]', or a module inside it."
             )
-        if value.ndim < 2 or len(value) != count:
+        shape = tuple(value.shape)
+        if len(shape) < 2 or shape[0] != count:
+            if callable(self._named[point].how.pool):
+                raise DataError(f"pool made {shape} at {point!r}; it must give ({count}, D).")
             raise DataError(
-                f"{point!r} gives shape {tuple(value.shape)} for {count} images; only what has a "
-                "row per image can be kept. Tap a module outside it instead."
+                f"{point!r} gives shape {shape} for {count} images; only what has a row per image, "
+                "(B, D) or (B, ...), can be kept. Tap a module around it instead."
             )
         rows = value.to(self.dtype).to("cpu", non_blocking=value.is_cuda).contiguous()
         # a part of a larger tensor would keep all of it in memory
         return rows if rows.untyped_storage().nbytes() <= rows.nbytes else rows.clone()
-
-
-def _checking(point: Point) -> Point:
-    """The point, its own pooling function checked where it is called."""
-    pool = point.how.pool
-    if not callable(pool):
-        return point
-
-    def checked(x: Tensor) -> Tensor:
-        rows = pool(x)
-        if not isinstance(rows, Tensor) or rows.ndim < 2 or len(rows) != len(x):
-            shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise DataError(
-                f"pool made {shape} of {tuple(x.shape)} at {point.name!r}; it must give "
-                f"({len(x)}, D)."
-            )
-        return rows
-
-    return point._replace(how=replace(point.how, pool=checked))

@@ -74,6 +74,10 @@ Asked = Mapping[str, Point | dict[str, Point]]
 class Layout:
     """The places of a model that points can name, looked up once for many batches.
 
+    Args:
+        model: The model.
+        listing: What shows all points, for messages.
+
     Attributes:
         model: The model as given.
         root: The model without its wrappers.
@@ -85,8 +89,8 @@ class Layout:
         TapError: The model is wrapped in DataParallel, exported or scripted.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, listing: str = "list_taps(model, x)") -> None:
+        self.model, self._listing = model, listing
         every = tappable(model)
         self.compiled = compiled_in(every)
         self.sharded = is_sharded(every)
@@ -247,7 +251,7 @@ class Layout:
         if info is None:
             raise TapError(
                 f"feature index {index}: nothing in {path or 'the model'} has timm's feature_info. "
-                "Name a module by its path; list_taps(model, x) shows all."
+                f"Name a module by its path; {self._listing} shows all."
             )
         names: list[str] = [entry["module"] for entry in getattr(info, "info", info)]
         if not -len(names) <= index < len(names):
@@ -262,7 +266,7 @@ class Layout:
                 return start + full
         raise TapError(
             f"feature {index} of {place or 'the model'} is {name!r} by timm's feature_info, where "
-            "there is no module. Name one by its path; list_taps(model, x) shows all."
+            f"there is no module. Name one by its path; {self._listing} shows all."
         )
 
     def _form(self, path: str, takes_input: bool) -> Form:
@@ -278,7 +282,7 @@ class Layout:
                 "instead: 'path:input' for what it receives, 'path' for what it returns."
             )
         levels = " In a glob '*' stays within one level and '**' crosses levels."
-        hint = "list_taps(model, x) shows all." + (levels if "*" in name else "")
+        hint = f"{self._listing} shows all." + (levels if "*" in name else "")
         raise unknown("tap", name, self.names(), hint)
 
 

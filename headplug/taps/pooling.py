@@ -105,14 +105,17 @@ def pooled(x: Tensor, pool: str | Callable[[Tensor], Tensor], form: Form = PLAIN
         form: What shapes mean at the point.
 
     Raises:
-        TapError: There is no class token to take.
+        TapError: There is no class token to take, or the callable gives no tensor.
 
     >>> x = torch.arange(12.0).view(1, 3, 4)  # a class token and two patches
     >>> pooled(x, "gap", Form(special=1)), pooled(x, "cls", Form(special=1))
     (tensor([[6., 7., 8., 9.]]), tensor([[0., 1., 2., 3.]]))
     """
     if callable(pool):
-        return pool(x)
+        made = pool(x)
+        if not isinstance(made, Tensor):
+            raise TapError(f"pool must make a tensor of {tuple(x.shape)}, not {made!r:.80}.")
+        return made
     if x.ndim < 3:
         return x
     if pool == "flat":

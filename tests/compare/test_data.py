@@ -3,6 +3,7 @@ import json
 import pickle
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -284,6 +285,30 @@ def test_limit_is_exact_when_a_class_is_short(tmp_path):
     counts = torch.bincount(load(tmp_path, limit=30).train.labels).tolist()
     assert counts[0] == 3
     assert sorted(counts[1:]) == [13, 14]
+
+
+def test_images_know_their_rows_in_the_data(folder, parquet, monkeypatch):
+    for place in (folder[0], parquet[0]):
+        whole = load(place).train
+        assert whole.rows.tolist() == list(range(len(whole)))
+        some = load(place, limit=6).train
+        assert len(some) == 6
+        assert torch.equal(some.tensor(), whole.tensor()[some.rows])
+        assert torch.equal(some.labels, whole.labels[some.rows])
+    Path(sorted(folder[0].glob("train/*/*.png"))[2]).write_text("damaged")
+    for limit in (images_module.RESIDENT_LIMIT, 0):
+        monkeypatch.setattr(images_module, "RESIDENT_LIMIT", limit)
+        with pytest.warns(UserWarning, match="left out"):
+            rows = load(folder[0]).train.rows.tolist()
+        assert rows == [row for row in range(len(rows) + 1) if row != 2]
+
+
+def test_where_nothing_is_trained_classes_may_have_one_image(folder):
+    assert len(load(folder[0], limit=2, to_train=False).train) == 2
+    for name in ("ant", "bee"):
+        shutil.rmtree(folder[0] / "train" / name)
+        shutil.rmtree(folder[0] / "test" / name)
+    assert load(folder[0], to_train=False).classes == ["cow"]
 
 
 def test_limit_above_the_size_changes_nothing(parquet):

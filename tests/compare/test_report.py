@@ -199,7 +199,9 @@ def test_the_default_head_may_come_first():
     lead, verdict, *_ = answer(results)
     assert lead.startswith("Keep the default head `simclr` and read features at `pre_projection`")
     assert verdict == "On held-out train it came first of 2 heads."
-    assert answer(results_of(heads=("simclr",), gain=None))[1] == "No other head ran."
+    alone = answer(results_of(heads=("simclr",), gain=None))
+    assert alone[0].startswith("Read features at `")
+    assert not any("came first" in sentence for sentence in alone)
 
 
 def test_without_the_default_head_no_gain_is_claimed():
@@ -346,7 +348,7 @@ def test_one_tap_one_probe_and_nothing_optional(page):
     parsed = page(results)
     assert parsed.count("svg") == 1
     assert "Accuracy of the ridge probe" in parsed.text
-    assert parsed.rows[2][2:] == ["-", "-"]  # projection and the difference were not measured
+    assert len(parsed.rows[2]) == 2  # projection and the difference were not measured
 
 
 def test_a_sweep_tells_the_best_and_the_default_apart_and_counts_the_rest(page):

@@ -78,13 +78,15 @@ def test_gap_is_pre_projection_minus_projection():
     assert gap["low"] < 0.5 < gap["high"]
 
 
-def test_gain_is_unknown_where_the_default_head_shares_no_seed():
+def test_gain_without_a_shared_seed_pairs_test_images_alone():
     runs = [run("simclr", 1, pre_projection=0.5), run("new", 0, pre_projection=0.6)]
     hits = {
         ("simclr", 1): {("pre_projection", "linear"): made(0.5)},
         ("new", 0): {("pre_projection", "linear"): made(0.6)},
     }
-    assert summary(runs, hits)["gain"] is None
+    gain = summary(runs, hits)["gain"]
+    assert gain["mean"] == pytest.approx(0.1)
+    assert gain["method"] == "paired bootstrap over test images"
     assert summary(runs[1:], {("new", 0): hits["new", 0]})["default_head"] == "simclr"
 
 

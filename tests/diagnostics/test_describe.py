@@ -13,10 +13,12 @@ from headplug.errors import DataError, UnknownNameError
 
 def test_units_and_norms_follow_their_definitions(many_blocks):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 10, generator=generator).relu()
+    x = torch.randn(600, 10, generator=generator).relu()
     x[:, 2] = 0
     x[:, 5] = 1.5
-    x[:, 7] = -2 + 2e-9 * torch.arange(60)  # rounds to the same or the next number
+    x[:, 7] = -2 + 2e-10 * torch.arange(600)  # rounds to the same or the next number
+    x[1:, 8], x[:-1, 9] = 0, 0  # alive for one sample
+    x[0, 8], x[-1, 9] = -1, 1
     found = describe(x)
     assert found["dead_units"] == pytest.approx(0.1)
     assert found["constant_units"] == pytest.approx(0.3)
@@ -24,7 +26,7 @@ def test_units_and_norms_follow_their_definitions(many_blocks):
     assert found["norm"] == pytest.approx(np.linalg.norm(array, axis=1).mean())
     share = (array.mean(0) ** 2).sum() / (array**2).sum(1).mean()
     assert found["mean_share"] == pytest.approx(share)
-    assert (found["samples"], found["dim"]) == (60, 10)
+    assert (found["samples"], found["dim"]) == (600, 10)
 
 
 def test_rows_hold_the_numbers_of_each_tap_in_plain_types(make, many_blocks):
@@ -78,10 +80,10 @@ def test_constant_features_have_no_centred_rank_and_no_nan(shape, value, raw_ran
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_bad_features_are_refused_by_the_name_of_their_tap():
-    good, bad = torch.rand(20, 4), torch.rand(20, 4)
-    bad[13, 2] = torch.inf
-    with pytest.raises(DataError, match=r"1 of 20 samples of the features at 'z'.*row 13"):
+def test_bad_features_are_refused_by_the_name_of_their_tap(many_blocks):
+    good, bad = torch.rand(400, 4), torch.rand(400, 4)
+    bad[313, 2] = torch.inf
+    with pytest.raises(DataError, match=r"the features at 'z' hold NaN.*row 313\."):
         diagnose({"h": good, "z": bad})
     with pytest.raises(DataError, match=r"'map' must have shape \(N, D\), not \(5, 3, 2, 2\)"):
         diagnose(FeatureStore.from_tensors({"map": torch.rand(5, 3, 2, 2)}))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -58,7 +60,7 @@ def test_merging_processes_is_as_good_as_one(make):
     for part, rows in zip(parts, x.split(101), strict=True):
         part.update(rows)
     parts[0].merge(parts[1])
-    parts[0].merge(parts[2])
+    parts[0].merge(pickle.loads(pickle.dumps(parts[2])))
     torch.testing.assert_close(parts[0].covariance, whole.covariance, rtol=1e-11, atol=1e-12)
 
 

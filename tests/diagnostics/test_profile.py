@@ -61,6 +61,25 @@ def test_balanced_linear_layers_have_the_slope_of_theory(generator, layers, dtyp
         assert found["fitted"] == found["features"] == d
 
 
+def test_a_linear_network_trained_on_the_spectral_contrastive_loss_has_slope_two(generator):
+    """Not built but trained, from a balanced start: arXiv 2403.11391, over the white population."""
+    d = 6
+    agreement = torch.linspace(1, 0.3, d, dtype=torch.float64).diag()  # of two views, by feature
+    first = 0.3 * torch.randn(d, d, generator=generator, dtype=torch.float64)
+    turn, sizes, _ = torch.linalg.svd(first)
+    second = rotation(d, generator) @ sizes.diag() @ turn.T
+    for _ in range(2000):
+        w = second @ first
+        slope = 4 * (w @ w.T @ w - w @ agreement)  # of -2 E[z . z+] + E[(z . z')^2]
+        first, second = first - 0.01 * second.T @ slope, second - 0.01 * slope @ first.T
+    h = white(100, d, generator) @ first.T
+    found = weight_profile(h, h @ second.T)
+    assert found["fitted"] == d
+    assert found["weights_before"][-1] < 0.8  # the weights did become unequal
+    assert found["slope"] == pytest.approx(2.0, abs=0.02)
+    assert found["slope_r2"] > 0.999
+
+
 def test_a_layer_that_rotates_shifts_or_scales_has_slope_one(uneven, generator):
     for z in (uneven, 3 * uneven @ rotation(20, generator) + 5):
         found = weight_profile(uneven, z)
@@ -138,5 +157,5 @@ def test_what_has_no_slope_says_why(uneven):
 def test_features_of_other_samples_are_refused(uneven):
     with pytest.raises(DataError, match="numbers of samples differ: 'before' 200, 'after' 100"):
         weight_profile(uneven, uneven[:100])
-    with pytest.raises(DataError, match=r"1 of 200 samples of the features at 'after' hold NaN"):
+    with pytest.raises(DataError, match="'after' hold NaN or infinity, first in row 3"):
         weight_profile(uneven, uneven.clone().index_fill_(0, torch.tensor(3), torch.nan))

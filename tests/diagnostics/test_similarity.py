@@ -77,6 +77,16 @@ def test_all_pairs_of_a_store_however_many_passes_they_take(
         assert row["samples"] == 40
 
 
+def test_the_pairs_of_one_pass_fit_into_memory(monkeypatch):
+    widths = [3, 5, 8]
+    pairs = [(i, j) for i in range(3) for j in range(i, 3)]
+    monkeypatch.setattr(similarity, "ROOM", 8 * 50)
+    groups = list(similarity._groups(pairs, widths))
+    assert [pair for group in groups for pair in group] == pairs
+    sizes = [sum(widths[i] * widths[j] for i, j in group) for group in groups]
+    assert sizes == [48, 25, 40, 64]  # the last fits nowhere, and goes alone
+
+
 def test_two_runs_are_compared_by_the_ids_of_their_samples(make, many_blocks):
     x, y = make(40, 8), make(40, 12, seed=1)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))

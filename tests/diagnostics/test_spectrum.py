@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from headplug.diagnostics import Spectrum, SpectrumOptions, definitions
+from headplug.diagnostics import Moments, Spectrum, SpectrumOptions, definitions
 from headplug.errors import DataError, OptionError
 
 
@@ -19,6 +19,17 @@ def test_singular_values_equal_numpys(features, many_blocks):
     found = Spectrum.of(features)
     for centred, got in ((True, found.centred), (False, found.raw)):
         expected = svd(features, centred)
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-7, atol=2e-7 * expected[0])
+
+
+def test_fewer_streamed_samples_than_features_have_as_many_singular_values(make):
+    x = make(10, 30)
+    moments = Moments(30)
+    moments.update(x)
+    for got, expected in (
+        (Spectrum(moments).centred, svd(x, True)),
+        (Spectrum(moments).raw, svd(x, False)),
+    ):
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-7, atol=2e-7 * expected[0])
 
 

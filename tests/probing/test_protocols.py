@@ -51,7 +51,7 @@ def test_every_protocol_prints_its_whole_setting_and_json_has_it(name):
     for probe, about in rule.config["probes"].items():
         assert f"{probe}: {about['kind']}, {len(about['settings'])} settings" in text
         for setting in about["settings"]:
-            for value in setting.values():
+            for value in filter(None, setting.values()):
                 shown = f"{value:g}" if isinstance(value, float) else str(value)
                 assert shown in text
     assert json.loads(json.dumps(rule.config)) is not None

@@ -385,9 +385,9 @@ def test_any_changed_bit_of_the_index_is_noticed_and_the_index_written_anew(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="flock")
 def test_two_extractions_into_one_folder_at_once_are_refused(model, tmp_path, monkeypatch):
-    from headplug.store import shards
+    from headplug.store import folder
 
-    monkeypatch.setattr(shards, "GRACE", 0.3)
+    monkeypatch.setattr(folder, "GRACE", 0.3)
     (tmp_path / "s").mkdir()
     partial = tmp_path / "s" / ".shard-00000.safetensors.17.partial"
 
@@ -445,9 +445,13 @@ def test_a_damaged_index_is_named_and_written_anew(extract, tmp_path, text, file
     assert files(tmp_path / "store") == before
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="no finished feature store"):
+def test_a_folder_without_a_store_tells_where_there_are_some(model, loader, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no finished feature store.*Check the path"):
         FeatureStore.open(tmp_path / "nothing")
+    for split in ("test", "train"):
+        extract_features(model, loader, "projection", tmp_path / "out" / split)
+    with pytest.raises(CheckpointError, match=r"There is one in .*/out/test and .*/out/train"):
+        FeatureStore.open(tmp_path / "out")
 
 
 # ---- mixing --------------------------------------------------------------------------------------

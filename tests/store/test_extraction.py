@@ -387,11 +387,19 @@ def test_pool_can_be_any_function_of_a_tap(model, loader, data, at):
     store = extract_features(model, loader, at, pool=lambda x: x.flatten(1)[:, :3])
     first = model.eval().backbone[0](data.tensors[0]).flatten(1)[:, :3]
     torch.testing.assert_close(store["backbone.0"], first.detach())
-    for wrong in (lambda x: x.mean(), lambda x: x[None], lambda x: None, lambda x: x[:1]):
+    for wrong in (lambda x: x.mean(), lambda x: x[None], lambda x: x[:1]):
         with pytest.raises(DataError, match=r"it must give \(5, D\)"):
             extract_features(model, loader, at, pool=wrong)
+    with pytest.raises(TapError, match=r"pool must make a tensor of \(5, 4, 6, 6\), not None"):
+        extract_features(model, loader, at, pool=lambda x: None)
     with pytest.raises(OptionError, match="pool is one of"):
         extract_features(model, loader, at, pool="max")
+
+
+def test_types_that_numpy_has_not_are_refused(model, loader):
+    for dtype in (torch.float8_e4m3fn, torch.complex64, "float32"):
+        with pytest.raises(OptionError, match="floats float32, float16, bfloat16, float64, not"):
+            extract_features(model, loader, "projection", dtype=dtype)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -409,7 +417,9 @@ def test_pool_can_be_any_function_of_a_tap(model, loader, data, at):
         ([()], "tensor of images first"),
         ([torch.tensor(1.0)], "one image without a batch"),
         ([(torch.rand(2, 1, 8, 8), [0, 1, 2])], "2 images with 3 labels"),
-        ([(torch.rand(2, 1, 8, 8), ["cat", "dog"])], "the labels cannot be made a tensor"),
+        ([(torch.rand(2, 1, 8, 8), ["cat", "dog"])], "such as 'cat': map each to an integer, or"),
+        ([(torch.rand(2, 1, 8, 8), [None, None])], "the labels cannot be made a tensor"),
+        ([(torch.rand(0, 1, 8, 8), [])] * 2, "the loader is empty"),
         ([(torch.rand(2, 1, 8, 8), torch.tensor(1))], "labels must be"),
         ([(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8))], "labels must be"),
         ([(torch.rand(2, 1, 8, 8), torch.rand(2).to(torch.complex64))], "labels must be"),
@@ -456,6 +466,37 @@ def test_taps_without_a_row_per_image_are_refused(loader):
     windows = nn.Sequential(Windows(), nn.Conv2d(1, 2, 1))
     with pytest.raises(DataError, match=r"'0' gives shape \(20, 1\) for 5 images"):
         extract_features(windows, loader, ["0", "1"])
+
+
+@pytest.mark.parametrize("name", [":labels", ":ids", ":names", "__metadata__", 3])
+@pytest.mark.parametrize("out", [None, "store"])
+def test_names_that_a_store_needs_are_no_taps(model, loader, tmp_path, name, out):
+    with pytest.raises(DataError, match=f"a tap is called {name!r}, which .* another name"):
+        extract_features(model, loader, {"z": "projection", name: "backbone"}, out and tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda: nn.Linear(64, 3, device="meta"), r"1.weight .* meta device.*load_state_dict"),
+        (lambda: nn.LazyLinear(3), r"1.weight .* no shape before the first batch.*model\(images\)"),
+    ],
+)
+def test_models_without_values_are_refused_before_the_work(tmp_path, layer, message):
+    model = nn.Sequential(nn.Flatten(), layer())
+    for out in (None, tmp_path / "s"):
+        with pytest.raises(RunError, match=message):
+            extract_features(model, [(torch.rand(2, 1, 8, 8), [0, 1])], "1", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_batches_are_passed_over(model, tmp_path):
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    batches = [(x[:0], y[:0]), (x[:3], y[:3]), (x[:0], y[:0]), (x[3:], y[3:])]
+    for out in (None, tmp_path / "s"):
+        store = extract_features(model, batches, "projection", out, shard_size=3)
+        assert store.labels.tolist() == [0, 1, 2, 3]
 
 
 def test_points_are_checked_before_the_work(model, at, tmp_path):

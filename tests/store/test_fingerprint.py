@@ -115,6 +115,13 @@ def test_what_a_model_does_is_seen_although_its_repr_hides_it(change):
     assert [name for name, text in of_model(model).items() if text != before[name]] == ["model"]
 
 
+def test_looking_at_weights_leaves_their_memory_as_it_was():
+    """NumPy would fix its size, which FSDP changes."""
+    model = nn.Linear(4, 4)
+    of_model(model)
+    assert model.weight.untyped_storage().resizable()
+
+
 def test_swins_shift_is_seen():
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, depths=(2, 1, 1, 1))
     before = of_model(model)

@@ -12,12 +12,14 @@ from headplug import extract_features
 from headplug.errors import RunError
 
 SCRIPT = """
-import json, os, sys, time
+import copy, json, os, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from headplug import FeatureStore, extract_features
 from headplug.errors import HeadplugError
@@ -118,6 +120,23 @@ def work(rank):
     found["alone"] = rank > 0 or same(alone, one)
     bad = DataLoader(Broken({9: fail}), batch_size=4)
     found["fails"] = refused(lambda: run(bad, folder / "e"))
+
+    mesh = init_device_mesh("cpu", (size,))
+    spread = copy.deepcopy(model)
+    fully_shard(spread[4], mesh=mesh)
+    fully_shard(spread, mesh=mesh)
+    found["spread"] = same(run(plain, model=spread), one)
+    found["spread in files"] = same(run(plain, folder / "j", spread), one)
+    found["spread again"] = same(run(plain, folder / "j", spread), one)
+    few = [] if rank else with_ids[:2]  # only one of them has anything to run
+    found["spread, nothing here"] = refused(lambda: run(few, None, spread))
+    few = with_ids[: 1 + rank]
+    store = run(few, None, spread)
+    found["spread unevenly"] = torch.allclose(store["4"], one["4"][store.ids], atol=1e-6)
+    found["spread fails"] = refused(lambda: run(bad, folder / "k", spread))
+    spread(x[:4]).sum().backward()
+    flat = FullyShardedDataParallel(copy.deepcopy(model), device_id=torch.device("cpu"))
+    found["flat"] = refused(lambda: run(plain, None, flat))
     dead = DataLoader(Broken({9: lambda: os._exit(7)}), batch_size=4)
     found["dies"] = refused(lambda: run(dead, folder / "f"))
     ranks.MEETING = timedelta(seconds=2)
@@ -155,7 +174,8 @@ def test_processes_make_what_one_makes(python, tmp_path, size):
     for rank, one in enumerate(found):
         for name in (
             "plain", "memory", "sampler", "resumed", "finished", "stream", "stream in memory",
-            "buffers", "buffers back", "alone",
+            "buffers", "buffers back", "alone", "spread", "spread in files", "spread again",
+            "spread unevenly",
         ):  # fmt: skip
             assert one[name] is True, (rank, name)
         assert one["stream again"] == 61
@@ -168,9 +188,13 @@ def test_processes_make_what_one_makes(python, tmp_path, size):
         assert re.search(r"the points \(4 on process 0, no other on process 1\)", one["at"][1])
         assert "the other processes do not take part" in one["absent"][1]
         assert one["absent"][2] < 30
-        assert one["fails"][0] == "RunError"  # on the processes where nothing failed
-        assert "process 1 of" in one["fails"][1]
-        assert "the disk of rank 1 went away" in one["fails"][1]
+        for name in ("fails", "spread fails"):
+            assert one[name][0] == "RunError"  # on the processes where nothing failed
+            assert "process 1 of" in one[name][1]
+            assert "the disk of rank 1 went away" in one[name][1]
+            assert one[name][2] < 30
+        assert "the loader is empty" in one["spread, nothing here"][1]
+        assert "Use fully_shard" in one["flat"][1]
         assert one["dies"][0] == "RunError"
         assert one["dies"][2] < 30
 

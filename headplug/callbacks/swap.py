@@ -1,42 +1,28 @@
 """Swapping a head from a Lightning trainer, and finding it again in the checkpoint.
 
-The callback serves `lightning.pytorch` and `pytorch_lightning` alike: it derives from the Callback
-of whichever is loaded, because a trainer calls all hooks of its own kind. What a trainer asks the
-callbacks too late, or not at all (`save_weights_only=True`), goes through hooks of the module.
+What a trainer asks the callbacks too late, or not at all (`save_weights_only=True`), goes through
+hooks of the module.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
-from headplug.errors import CheckpointError, HeadplugError, SlotError, UnknownNameError
+from headplug.callbacks.lightning import callback_bases
+from headplug.errors import CheckpointError, SlotError, UnknownNameError
 from headplug.hosts.modules import submodule
 from headplug.hosts.twins import equal
 from headplug.swap import Swap, ensure_head, restore_heads
 from headplug.swap.plan import plan_swap
 from headplug.swap.records import KEY, misfit, recorded, records, refuse_unrecorded, unlike
 
-NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 
-
-def _bases() -> tuple[type, ...]:
-    """The Callback classes of the Lightning packages that are loaded; else of one installed."""
-    loaded = [n for n in NAMESPACES if n in sys.modules]
-    found = loaded or [n for n in NAMESPACES if find_spec(n.partition(".")[0])][:1]
-    if not found:
-        raise HeadplugError("headplug.callbacks needs Lightning: pip install lightning")
-    return tuple(dict.fromkeys(import_module(name).Callback for name in found))
-
-
-class HeadSwap(*_bases()):  # type: ignore[misc]
+class HeadSwap(*callback_bases()):  # type: ignore[misc]
     """Swaps the head of the model before its optimiser is built, and records it in checkpoints.
 
     A model that has that head already is left as it is, so that one trainer may fit, validate and

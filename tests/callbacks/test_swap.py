@@ -272,7 +272,7 @@ import lightning.pytorch
 from headplug.callbacks import HeadSwap
 assert "pytorch_lightning" not in sys.modules
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_callbacks as t
+import test_swap as t
 model = t.module(t.pytorch_lightning)()
 t.trainer(t.pytorch_lightning, HeadSwap("simclr_plain")).fit(model, t.DATA)
 print(type(model.projection_head).__name__)

@@ -1,0 +1,295 @@
+"""Which layer is best, while the model trains: probes and diagnostics at its taps, logged.
+
+A run leaves the training bit for bit as it would have been: weights, buffers, the mode of each
+module, random state and the order of the training samples. Its cost is bounded. Under several
+processes each reads a share of the samples, the first one says whether there is time for a run, and
+all have its numbers, so that callbacks that watch them act alike. What can be wrong with the
+request is said when the trainer starts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from headplug.callbacks.budget import Budget
+from headplug.callbacks.lightning import callback_bases
+from headplug.diagnostics import DEFINITIONS, diagnose
+from headplug.errors import DataError, OptionError, unknown
+from headplug.heads.base import positive
+from headplug.probing import LayerReport, Probe, probe_layers
+from headplug.probing.probes import probes_of
+from headplug.store.extract import extract_features
+from headplug.store.loaders import open_loader, same_random_state
+from headplug.store.ranks import Team, team
+from headplug.taps.modes import untouched
+from headplug.taps.points import HEAD_POINTS
+
+BATCH_SIZE = 256  # for a data set that comes without a loader
+DIAGNOSTICS = [name for name in DEFINITIONS if name != "singular_values"]
+
+Data = Iterable[Any] | Dataset[Any]
+Row = Mapping[str, Any]
+
+
+class LayerProbe(*callback_bases()):  # type: ignore[misc]
+    """Reads features every few epochs or steps, probes them and logs what that gives.
+
+    Every logger of the trainer gets `probe/TAP/PROBE_accuracy`, `probe/TAP/DIAGNOSTIC` and, where
+    both sides of the head are read, `probe/gap/PROBE`, the accuracy before the head minus that
+    behind it. `trainer.callback_metrics` has them too, for `ModelCheckpoint` and `EarlyStopping`;
+    between two runs they stay what they were, so count an EarlyStopping's patience in its own
+    checks, and give it `strict=False` if it checks before the first run. With Lightning 1 put it
+    behind LayerProbe.
+
+    Images reach the model as the loaders give them, on its device, in its dtype and with the
+    precision of the trainer's validation, but not through `on_after_batch_transfer`.
+
+    Args:
+        train: Samples with labels that probes are fitted to: a DataLoader, any iterable of batches
+            that `extract_features` takes, a Dataset (read in batches of 256 by this process), or a
+            function that gives one of these when the trainer starts. Shuffling, repeats and a
+            distributed sampler's padding do not matter: each sample counts once.
+        test: Samples with labels that accuracies are of, given likewise. Take a part of the
+            training data if a checkpoint is chosen by them. Not read, nor are labels, if there are
+            no probes.
+        at: Points, see `headplug.taps.points`.
+        probes: As in `probe_layers`, or () for none.
+        diagnostics: Of the training samples' features: any of `headplug.diagnostics.DEFINITIONS`
+            that is a number. One that cannot be told is logged as NaN.
+        every_n_epochs: Runs come at the end of every so many epochs; of each, if this and
+            `every_n_steps` are left out.
+        every_n_steps: Runs come after every so many optimiser steps instead.
+        max_fraction_of_time: Of the whole time of training, runs included, that runs may take. The
+            first run always comes; later ones are left out where there is no time, and a warning
+            says once what they cost. None for no bound.
+        seed: Of the probes.
+        name: Starts the names that are logged; two LayerProbes in one trainer need two.
+
+    Attributes:
+        history: A dict a run of this fit: epoch, step (optimiser steps done), seconds, and all that
+            was logged. It goes on when a checkpoint is resumed.
+        report: The whole `LayerReport` of the last run in this process, if there are probes.
+
+    Raises:
+        UnknownNameError: There is no such probe or diagnostic; or, when the trainer starts, a point
+            matches nothing.
+        OptionError: An option has an impossible value.
+        SlotError: When the trainer starts: `pre_projection` or `projection` of a model without one
+            projection head.
+        TapError: When the trainer starts: a point is never reached.
+        DataError: When the trainer starts: labels are missing, or the data are not as said above.
+            In a run: what `probe_layers` refuses, such as features that are not finite.
+        RunError: The model is spread over processes by FSDP, or another process failed.
+
+    >>> data = torch.utils.data.TensorDataset(torch.rand(64, 8), torch.arange(64) % 4)
+    >>> probe = LayerProbe(data, data, at=("backbone", "projection"), every_n_epochs=5)
+    >>> callbacks = [probe]  # of a Trainer; then monitor="probe/backbone/knn_accuracy" works
+    """
+
+    def __init__(
+        self,
+        train: Data | Callable[[], Data],
+        test: Data | Callable[[], Data] | None = None,
+        at: Any = ("backbone", *HEAD_POINTS),
+        probes: str | Sequence[str] | Mapping[str, Probe] = ("knn",),
+        diagnostics: Sequence[str] = ("rankme",),
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        max_fraction_of_time: float | None = 0.1,
+        *,
+        seed: int = 0,
+        name: str = "probe",
+    ) -> None:
+        if None not in (every_n_epochs, every_n_steps):
+            raise OptionError("runs come every_n_epochs or every_n_steps; leave one of them out.")
+        self._option = "every_n_epochs" if every_n_steps is None else "every_n_steps"
+        every = every_n_epochs if every_n_steps is None else every_n_steps
+        self._every = positive(self._option, 1 if every is None else every)
+        self.at = list(at) if isinstance(at, tuple) else at
+        self.probes, self.diagnostics = probes, _known(diagnostics)
+        if not (probes or self.diagnostics):
+            raise OptionError("name at least one probe or one diagnostic.")
+        if probes and probes_of(probes) and test is None:
+            raise OptionError("probes need test data; pass them, or probes=() for none.")
+        self._given = {"train": train, "test": test} if probes else {"train": train}
+        self.seed, self.name = seed, name
+        self._budget = Budget(max_fraction_of_time)
+        self._told = False
+        self.history: list[dict[str, Any]] = []
+        self.report: LayerReport | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells the states of two LayerProbes in one checkpoint apart."""
+        return f"LayerProbe({self.name})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"history": list(self.history), "budget": {**vars(self._budget)}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.history = list(state_dict["history"])
+        self._budget = Budget(**{**state_dict["budget"], "fraction": self._budget.fraction})
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Starts anew; what a checkpoint holds comes after this."""
+        if stage == "fit":
+            self.history, self.report = [], None
+            self._budget, self._told = Budget(self._budget.fraction), False
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Reads a batch of each data set, to find what is wrong with them or with the points."""
+        with same_random_state(None), team() as ranks:
+            self._data = {what: _loader(what, given) for what, given in self._given.items()}
+            for what, data in self._data.items():
+                with same_random_state(data):
+                    self._try(trainer, pl_module, what, data, ranks)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock; after a resume, callbacks see the last run's numbers again."""
+        self._mark, self._step = time.perf_counter(), trainer.global_step
+        if self.history:
+            self._show(trainer, pl_module, self.history[-1])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Runs, where runs are counted in steps; batches whose gradients accumulate are none."""
+        if self._option == "every_n_steps":
+            before, self._step = self._step, trainer.global_step
+            if self._step // self._every > before // self._every:
+                self._due(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Runs, where runs are counted in epochs."""
+        if self._option == "every_n_epochs" and (trainer.current_epoch + 1) % self._every == 0:
+            # the trainer itself logs what belongs to an epoch at the last batch's place
+            last = max(trainer.fit_loop.epoch_loop._batches_that_stepped - 1, 0)
+            self._due(trainer, pl_module, last)
+
+    def _due(self, trainer: Any, pl_module: Any, place: int) -> None:
+        """Runs if there is time; logs at a place on the loggers' axis."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)  # what is still computed is training
+        start, budget = time.perf_counter(), self._budget
+        budget.around += start - self._mark
+        budget.due += 1
+        self._mark = start
+        if budget.fraction is not None and not trainer.strategy.broadcast(budget.allows()):
+            if trainer.is_global_zero and not self._told:
+                advice = budget.advice(self._option, self._every)
+                warnings.warn(f"LayerProbe {self.name!r}: {advice}", stacklevel=2)
+            self._told = True
+            return
+        values = trainer.strategy.broadcast(self._run(trainer, pl_module))
+        self._mark = time.perf_counter()
+        budget.add(self._mark - start)
+        when = {"epoch": int(trainer.current_epoch), "step": int(trainer.global_step)}
+        self.history.append({**when, "seconds": budget.last, **values})
+        self._show(trainer, pl_module, values)
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=place)
+            logger.save()
+
+    def _run(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """What is to be logged."""
+        with same_random_state(None):
+            with _reading(trainer, pl_module) as read:
+                stores = [read(data, self.at) for data in self._data.values()]
+            if not self.probes:
+                return self._named([], diagnose(stores[0], device=pl_module.device))
+            train, test = stores
+            self.report = probe_layers(
+                train,
+                test,
+                self.probes,
+                seed=self.seed,
+                device=pl_module.device,
+                distributed=True,
+            )
+        return self._named(self.report.rows, self.report.spectra)
+
+    def _named(self, rows: Sequence[Row], spectra: Sequence[Row]) -> dict[str, float]:
+        """The numbers of a run by the names that they are logged under."""
+        found: dict[str, float] = {}
+        by_probe: dict[str, dict[str, float]] = {}
+        for row in rows:
+            tap, probe, metric = row["tap"], row["probe"], row["metric"]
+            found[f"{self.name}/{tap}/{probe}_{metric}"] = row[metric]
+            by_probe.setdefault(probe, {})[tap] = row[metric]
+        for row in spectra:
+            for diagnostic in self.diagnostics:
+                value = math.nan if row[diagnostic] is None else float(row[diagnostic])
+                found[f"{self.name}/{row['tap']}/{diagnostic}"] = value
+        for probe, by_tap in by_probe.items():
+            if by_tap.keys() >= set(HEAD_POINTS):
+                before, behind = (by_tap[tap] for tap in HEAD_POINTS)
+                found[f"{self.name}/gap/{probe}"] = before - behind
+        return found
+
+    def _show(self, trainer: Any, pl_module: Any, values: dict[str, Any]) -> None:
+        """Lets other callbacks see the numbers, as Lightning's own LearningRateMonitor does."""
+        own = {n: v for n, v in values.items() if n.startswith(f"{self.name}/")}
+        device = pl_module.device
+        trainer.callback_metrics.update({n: torch.tensor(v, device=device) for n, v in own.items()})
+
+    def _try(self, trainer: Any, pl_module: Any, what: str, data: Any, ranks: Team) -> None:
+        """Reads the points for one batch, on every process that has one."""
+        samples = open_loader(data, ranks, 1)
+
+        def look() -> None:
+            batch = next(samples.batches(()), None)
+            if batch is None:
+                return
+            if batch.labels is None and self.probes:
+                raise DataError(
+                    f"the {what} data of LayerProbe have no labels, which probes need; let each "
+                    "batch be (images, labels)."
+                )
+            with _reading(trainer, pl_module) as read:
+                read([(batch.images, batch.labels)], self.at, distributed=False)
+
+        ranks.own(look)
+
+
+@contextmanager
+def _reading(trainer: Any, pl_module: Any) -> Iterator[Callable[..., Any]]:
+    """Gives `extract_features` of a model in training, as its trainer would validate it."""
+    cast = partial(_cast, dtype=pl_module.dtype)
+    with untouched(pl_module), trainer.precision_plugin.val_step_context():
+        yield partial(extract_features, pl_module, transform=cast)
+
+
+def _cast(images: Tensor, dtype: torch.dtype) -> Tensor:
+    return images.to(dtype) if images.is_floating_point() else images
+
+
+def _loader(what: str, given: Any) -> Any:
+    """Something that can be read again and again."""
+    made = isinstance(given, Dataset) or hasattr(given, "__iter__") or not callable(given)
+    data = given if made else given()
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=BATCH_SIZE)
+    if hasattr(data, "__next__"):
+        raise DataError(
+            f"the {what} data of LayerProbe are a {type(data).__name__}, which can be read once; "
+            "pass a DataLoader, a list of batches, or a function that gives one of them."
+        )
+    return data
+
+
+def _known(diagnostics: str | Sequence[str]) -> list[str]:
+    names = [diagnostics] if isinstance(diagnostics, str) else list(diagnostics)
+    for name in names:
+        if name not in DIAGNOSTICS:
+            raise unknown("diagnostic", str(name), DIAGNOSTICS)
+    return names
