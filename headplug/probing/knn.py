@@ -94,8 +94,8 @@ def knn_predict(
     """What the nearest neighbours of the queries say, for every setting.
 
     Features are used as they are: normalised for the cosine, not standardised. Of classes with
-    equal votes the lowest index wins, as in scikit-learn; of samples that are equally near to the
-    last bit the lower index comes first.
+    equal votes the lowest index wins, as in scikit-learn; of samples whose distances come out the
+    same to the last bit the lower index is the nearer one.
 
     With `group` every process calls this with its own part of the bank and its own queries; either
     may be empty on some, of shape `(0, D)`. Each process gets what one process with the whole bank
@@ -145,12 +145,12 @@ def knn_predict(
     whole = Bank(bank, [o.part for o in found], group)
     targets = _joined([o.targets for o in found if o.targets]).to(queries.device)
     settings = _clamped(settings, whole.size)
-    classes = targets.kind == "classes"
+    values = None if targets.kind == "classes" else targets.dense()
     out = queries.new_empty(
         len(settings),
         len(queries),
-        *([] if classes else [targets.outputs]),
-        dtype=torch.long if classes else torch.float32,
+        *([] if values is None else [targets.outputs]),
+        dtype=torch.long if values is None else torch.float32,
     )
     for distance in DISTANCES:
         mine = [(i, s) for i, s in enumerate(settings) if s.distance == distance]
@@ -160,11 +160,12 @@ def knn_predict(
         largest = max(s.k for _, s in mine)
         run = max(ROWS, CELLS // max(largest, targets.outputs))
         for rows, far, index in whole.nearest(queries, largest, distance, run):
+            said = targets.values[index] if values is None else index
             for (votes, temperature), same in groupby(mine, _rule):
-                pairs = list(same)
+                order, ks = zip(*((i, s.k) for i, s in same), strict=True)
                 weights = _weights(far, votes, temperature)
-                results = _outcomes(targets, index, weights, [s.k for _, s in pairs])
-                for (i, _), result in zip(pairs, results, strict=True):
+                results = _outcomes(said, values, targets.outputs, weights, ks)
+                for i, result in zip(order, results, strict=True):
                     out[i, rows] = result
     return out
 
@@ -191,24 +192,29 @@ def _weights(far: Tensor, votes: str, temperature: float) -> Tensor:
     return torch.ones_like(far)
 
 
-def _outcomes(targets: Targets, index: Tensor, weights: Tensor, ks: list[int]) -> Iterator[Tensor]:
-    """For each k, in ascending order, winners `(M,)` or means `(M, K)`.
+def _outcomes(
+    said: Tensor, values: Tensor | None, outputs: int, weights: Tensor, ks: Sequence[int]
+) -> Iterator[Tensor]:
+    """For each k, in ascending order, winning classes `(M,)` or means `(M, K)`.
 
     A k goes on from where the smaller one stopped.
+
+    Args:
+        said: Classes of the neighbours `(M, largest k)`, or their rows in `values`.
+        values: What is averaged `(N, K)`, or None for classes.
+        outputs: Number of classes, or K.
+        weights: Of the neighbours `(M, largest k)`.
+        ks: Numbers of neighbours.
     """
-    classes = targets.kind == "classes"
-    said = targets.values[index] if classes else targets.dense()
-    votes = weights.new_zeros(len(index), targets.outputs)
+    votes = weights.new_zeros(len(said), outputs)
     for start, k in pairwise([0, *ks]):
-        new = slice(start, k)
-        if classes:
-            votes.scatter_add_(1, said[:, new], weights[:, new])
+        new, weight = said[:, start:k], weights[:, start:k]
+        if values is None:
+            votes.scatter_add_(1, new, weight)
             yield votes.argmax(dim=1)
             continue
         if k > start:
-            votes += F.embedding_bag(
-                index[:, new], said, mode="sum", per_sample_weights=weights[:, new]
-            )
+            votes += F.embedding_bag(new, values, mode="sum", per_sample_weights=weight)
         yield votes / weights[:, :k].sum(1, keepdim=True)
 
 

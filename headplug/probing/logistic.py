@@ -220,9 +220,10 @@ class _Problem:
                     curve += p.sum(1).diag_embed() / len(self.features)
                 else:
                     curve += (p * (1 - p)).sum(1).diag_embed() / len(self.features)
-            # a softmax does not change when all biases do
-            free = 1 if self.targets.kind == "classes" else 0
-            change = torch.linalg.solve(curve + free / self.outputs, slope)
+            curve.diagonal(dim1=1, dim2=2).add_(1e-12)  # where all probabilities are 0 or 1
+            if self.targets.kind == "classes":  # which do not change when all biases do
+                curve += 1 / self.outputs
+            change = torch.linalg.solve(curve, slope)
             bias = bias - change.clamp(-1, 1).nan_to_num(0).float()
             if change.abs().max() < 1e-4:  # its square is what is left
                 break
@@ -233,18 +234,18 @@ class _Problem:
 
     def _loss(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mean loss `(S,)`, in float64, and its gradients."""
-        shape = (self.outputs, len(weight))  # settings innermost
+        shape = (self.outputs, len(weight))
         flat, start = weight.transpose(0, 1).flatten(0, 1), bias.T.flatten()
         total = flat.new_zeros(len(weight), dtype=torch.float64)
         to_weight, to_bias = torch.zeros_like(flat), torch.zeros_like(start)
         count = len(self.features)
         for rows in self.parts:
             z, values = self._z(rows), self.targets.values[rows]
-            scores = torch.addmm(start, z, flat.T).view(-1, *shape)
+            scores = torch.addmm(start[:, None], flat, z.T).view(*shape, -1)
             total += losses(self.targets.kind, scores, values) * (len(z) / count)
-            d = derivative(self.targets.kind, scores, values).flatten(1)
-            to_weight.addmm_(d.T, z, alpha=self.scale / count)
-            to_bias.add_(d.sum(0), alpha=self.scale / count)
+            d = derivative(self.targets.kind, scores, values).flatten(0, 1)
+            to_weight.addmm_(d, z, alpha=self.scale / count)
+            to_bias.add_(d.sum(1), alpha=self.scale / count)
         gradient = to_weight.unflatten(0, shape).transpose(0, 1)
         return total * self.scale, gradient, to_bias.view(shape).T
 

@@ -1,6 +1,6 @@
 """The loss of each kind of target, and its derivative written out.
 
-Scores are `(B, K, S)` with settings innermost, so that a softmax over classes runs along vectors.
+Scores are `(K, S, B)` with samples innermost, so that a softmax over classes runs along vectors.
 The losses are those of torch: `cross_entropy`, `binary_cross_entropy_with_logits` (the mean over
 labels) and `mse_loss` (the mean over numbers).
 """
@@ -17,29 +17,30 @@ FLOOR = 1e-20  # of a probability; far below float32's resolution next to 1, far
 
 
 def derivative(kind: Kind, scores: Tensor, values: Tensor) -> Tensor:
-    """Of each sample's loss with respect to its scores `(B, K, S)`; may use the scores' memory.
+    """Of each sample's loss with respect to its scores `(K, S, B)`; may use the scores' memory.
 
     Probabilities are kept above `FLOOR`: denormal numbers are several times slower on a CPU, and
     this keeps them out of every product without touching the state of the process.
     """
     if kind == "classes":
-        out = scores.softmax(dim=1).clamp_(min=FLOOR)
-        target = values[:, None, None].expand(-1, 1, scores.shape[2])
-        return out.scatter_add_(1, target, scores.new_tensor(-1.0).expand_as(target))
+        out = scores.softmax(dim=0).clamp_(min=FLOOR)
+        target = values.expand(1, *scores.shape[1:])
+        return out.scatter_add_(0, target, scores.new_tensor(-1.0).expand_as(target))
+    dense = values.T.to(scores.dtype)[:, None]
     if kind == "multilabel":
         out = scores.sigmoid_().clamp_(min=FLOOR)
-        return out.sub_(values.to(scores.dtype)[:, :, None]).div_(scores.shape[1])
-    return scores.sub_(values.to(scores.dtype)[:, :, None]).mul_(2 / scores.shape[1])
+        return out.sub_(dense).div_(len(scores))
+    return scores.sub_(dense).mul_(2 / len(scores))
 
 
 def losses(kind: Kind, scores: Tensor, values: Tensor) -> Tensor:
     """The mean over samples, of each setting `(S,)`."""
     if kind == "classes":
-        target = values[:, None].expand(-1, scores.shape[2])
-        return F.cross_entropy(scores, target, reduction="none").mean(0)
-    dense = values.to(scores.dtype)[:, :, None].expand_as(scores)
+        target = values.expand(1, *scores.shape[1:])
+        return (scores.logsumexp(0) - scores.gather(0, target)[0]).mean(1)
+    dense = values.T.to(scores.dtype)[:, None].expand_as(scores)
     if kind == "multilabel":
         every = F.binary_cross_entropy_with_logits(scores, dense, reduction="none")
     else:
         every = torch.square(scores - dense)
-    return every.mean(dim=(0, 1))
+    return every.mean(dim=(0, 2))

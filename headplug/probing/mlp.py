@@ -228,8 +228,8 @@ class _Training:
     def step(self, z: Tensor, values: Tensor) -> None:
         """One batch of standardised features `(B, D)`, with the values of its targets."""
         hidden = self.layers.hidden(z)  # (S, B, H)
-        scores = self.layers.scores(hidden).permute(1, 2, 0)
-        d = derivative(self.kind, scores.contiguous(), values).permute(2, 0, 1) / len(z)
+        scores = self.layers.scores(hidden).permute(2, 0, 1)
+        d = derivative(self.kind, scores.contiguous(), values).permute(1, 2, 0) / len(z)
         back = (d @ self.layers.weight2).mul_(hidden > 0)
         torch.sum(d, 1, out=self.gradients.bias2)
         torch.bmm(d.transpose(1, 2), hidden, out=self.gradients.weight2)

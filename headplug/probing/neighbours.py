@@ -94,7 +94,7 @@ class Bank:
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The nearest samples to this process's queries, some queries at a time.
 
-        They are in order of distance, and of index where that is the same to the last bit.
+        They are in order of distance, and of index where it comes out the same to the last bit.
 
         Args:
             queries: Features `(M, D)`. Every process must go through all that is yielded.

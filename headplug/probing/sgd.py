@@ -134,17 +134,17 @@ class JointSGD:
         self.kept = (self.weight.clone(), self.bias.clone()) if training.keep_best else None
 
     def scores(self, z: Tensor) -> Tensor:
-        """Of normalised features `(B, D)`: `(B, K, S)`."""
-        return torch.addmm(self.bias, z, self.weight.T).view(-1, *self.shape)
+        """Of normalised features `(B, D)`: `(K, S, B)`."""
+        return torch.addmm(self.bias[:, None], self.weight, z.T).view(*self.shape, -1)
 
     def step(self, z: Tensor, values: Tensor) -> None:
         """Descends once, on normalised features `(B, D)` and the values of their targets."""
         scores = self.scores(z)
         if self.plateau:
             self.plateau.add(losses(self.kind, scores, values), len(z))
-        d = derivative(self.kind, scores, values).flatten(1)
-        self._descend(self.weight, self.velocity[0], d.T, z)
-        self._descend(self.bias, self.velocity[1], d.T, None)
+        d = derivative(self.kind, scores, values).flatten(0, 1)
+        self._descend(self.weight, self.velocity[0], d, z)
+        self._descend(self.bias, self.velocity[1], d, None)
         self.done += 1
         if self.done % self.per_epoch == 0 and self.plateau:
             self.plateau.end_epoch()

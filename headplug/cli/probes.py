@@ -1,0 +1,124 @@
+"""The command that probes features."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headplug.cli.common import (
+    AsJson,
+    Backbone,
+    BatchSize,
+    Data,
+    Device,
+    ImageSize,
+    Limit,
+    Normalize,
+    Pool,
+    Pretrained,
+    Weights,
+    Workers,
+    numbers,
+    split,
+)
+
+
+def probe(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder that headplug extract wrote, or a model: timm:NAME, torchvision:NAME, "
+            "MODULE:CALLABLE, or a checkpoint of solo-learn, lightly or Lightning."
+        ),
+    ],
+    data: Data = "digits",
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A point to probe, as headplug taps lists; repeat for more. Left out: the stages "
+            "of the backbone, and before and after the head; of a folder all that is in it."
+        ),
+    ] = None,
+    probes: Annotated[
+        str, typer.Option(help="Any of knn,linear,ridge,logistic,mlp; default: the protocol's.")
+    ] = "",
+    protocol: Annotated[
+        str,
+        typer.Option(help="headplug, simclr, moco, dino, dinov2, lightly, solo-learn or ae."),
+    ] = "headplug",
+    select_on: Annotated[
+        str | None, typer.Option(help="Choose settings on held-out train, or on test.")
+    ] = None,
+    shots: Annotated[
+        str, typer.Option(help="Also with few samples of each class, e.g. 1,5,10.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the samples held out, and of training.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="What to call it in tables; default: the file's name.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    weights: Weights = None,
+    backbone: Backbone = None,
+    pretrained: Pretrained = True,
+    pool: Pool = "gap",
+    normalize: Normalize = "auto",
+    batch_size: BatchSize = 256,
+    workers: Workers = 0,
+    device: Device = "auto",
+    image_size: ImageSize = None,
+    limit: Limit = None,
+    json_: AsJson = False,
+) -> None:
+    """Probe every layer of a model, or features on disk; say which layer to use."""
+    from headplug.evaluation import check_options, evaluate, is_stores
+
+    few = numbers("shots", shots, int)
+    wanted = check_options(split(probes) or None, protocol, select_on, few)
+    label = name or Path(source.rpartition(":")[2]).stem or source
+    folder = out or Path("runs") / f"probe-{label}"
+    command = shlex.join(["headplug", *sys.argv[1:]])
+    options = {"seed": seed, "device": device, "show_progress": True, **wanted}
+    with redirect_stdout(sys.stderr):  # libraries and the user's code may print
+        if is_stores(source):
+            report, results = evaluate(
+                Path(source), folder, name=label, command=command, taps=at or (), **options
+            )
+        else:
+            from headplug.extraction import extract
+
+            done = extract(
+                source,
+                data,
+                folder / "features",
+                at or (),
+                pool=pool,
+                normalize=normalize,
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+                image_size=image_size,
+                limit=limit,
+                weights=weights,
+                backbone=backbone,
+                pretrained=pretrained,
+            )
+            about = {"model": done["model"], "data": data, "images": done["images"], "pool": pool}
+            report, results = evaluate(
+                folder / "features", folder, name=label, command=command, config=about, **options
+            )
+    if json_:
+        print(json.dumps(results, indent=1))
+        return
+    print(report.table(), "", f"protocol {protocol}:", sep="\n")
+    print(report.setting, "", sep="\n")
+    print(*(f"{what}: {folder / file}" for what, file in FILES.items()), sep="\n")
+
+
+FILES = {"results": "results.json", "report ": "report.html", "picture": "layers.png"}
+COMMANDS = {probe: "probe"}
