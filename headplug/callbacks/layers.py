@@ -28,9 +28,9 @@ from headplug.errors import DataError, OptionError, unknown
 from headplug.heads.base import positive
 from headplug.probing import LayerReport, Probe, probe_layers
 from headplug.probing.probes import probes_of
+from headplug.ranks import Team, team
 from headplug.store.extract import extract_features
 from headplug.store.loaders import open_loader, same_random_state
-from headplug.store.ranks import Team, team
 from headplug.taps.modes import untouched
 from headplug.taps.points import HEAD_POINTS
 

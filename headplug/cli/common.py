@@ -15,7 +15,7 @@ Data = Annotated[
     typer.Option(help="digits, torchvision:NAME, an image folder or a folder of parquet files."),
 ]
 ImageSize = Annotated[int | None, typer.Option(help="Resize images to squares of this side.")]
-Limit = Annotated[int | None, typer.Option(help="Use a subset of this many images.")]
+Limit = Annotated[int | None, typer.Option(help="Use a subset of this many images of a split.")]
 Workers = Annotated[int, typer.Option(help="Processes that decode images.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(help="Images a step, on each device.")]
@@ -34,7 +34,25 @@ Pretrained = Annotated[
 ]
 Pool = Annotated[str, typer.Option(help="gap, flat, cls, cls+gap or tokens.")]
 Normalize = Annotated[
-    str, typer.Option(help="auto (as the model was trained, if known), imagenet or none.")
+    str,
+    typer.Option(
+        help="auto (as the model was trained, if known), imagenet, none, or MEAN/STD by channel, "
+        "e.g. 0.49,0.48,0.45/0.2,0.2,0.2."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm:NAME, torchvision:NAME, MODULE:CALLABLE, or a checkpoint of solo-learn, lightly "
+        "or Lightning."
+    ),
+]
+At = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A point to read, as headplug taps lists; repeat for more. Left out: the stages of "
+        "the backbone, and before, inside and after the head."
+    ),
 ]
 
 

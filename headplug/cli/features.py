@@ -10,22 +10,23 @@ from typing import Annotated
 
 import typer
 
-from headplug.cli.common import AsJson, Data, ImageSize, print_table
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="timm:NAME, torchvision:NAME, MODULE:CALLABLE, or a checkpoint of solo-learn, lightly "
-        "or Lightning."
-    ),
-]
-Weights = Annotated[
-    Path | None, typer.Option(help="A checkpoint to fill a library's model or yours with.")
-]
-Backbone = Annotated[
-    str | None,
-    typer.Option(help="What a checkpoint is of if it does not say, e.g. torchvision:resnet18."),
-]
+from headplug.cli.common import (
+    AsJson,
+    At,
+    Backbone,
+    BatchSize,
+    Data,
+    Device,
+    ImageSize,
+    Limit,
+    Model,
+    Normalize,
+    Pool,
+    Pretrained,
+    Weights,
+    Workers,
+    print_table,
+)
 
 
 def taps(
@@ -57,36 +58,21 @@ def taps(
 
 def extract(
     model: Model,
-    at: Annotated[
-        list[str], typer.Option(help="A point to read, as headplug taps lists; repeat for more.")
-    ],
     out: Annotated[Path, typer.Option(help="Folder of the feature stores, one for each split.")],
+    at: At = None,
     data: Data = "digits",
     split: Annotated[str, typer.Option(help="train, test or all.")] = "all",
-    pool: Annotated[str, typer.Option(help="gap, flat, cls, cls+gap or tokens.")] = "gap",
+    pool: Pool = "gap",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    normalize: Annotated[
-        str,
-        typer.Option(
-            help="auto (as the model was trained, if known), imagenet, none, or MEAN/STD by "
-            "channel, e.g. 0.49,0.48,0.45/0.2,0.2,0.2."
-        ),
-    ] = "auto",
+    normalize: Normalize = "auto",
     weights: Weights = None,
     backbone: Backbone = None,
-    pretrained: Annotated[
-        bool,
-        typer.Option(
-            "--pretrained/--random", help="Weights of a library's model if there are no others."
-        ),
-    ] = True,
-    batch_size: Annotated[int, typer.Option(help="Images a step, on each device.")] = 256,
-    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    pretrained: Pretrained = True,
+    batch_size: BatchSize = 256,
+    workers: Workers = 0,
+    device: Device = "auto",
     image_size: ImageSize = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Use this many images of each split; they keep their ids.")
-    ] = None,
+    limit: Limit = None,
     json_: AsJson = False,
 ) -> None:
     """Keep the features of a data set at some points of a model; goes on where it was stopped."""
@@ -99,7 +85,7 @@ def extract(
             model,
             data,
             out,
-            at,
+            at or (),
             split=split,
             pool=pool,
             dtype=dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from contextlib import redirect_stdout
@@ -13,6 +14,7 @@ import typer
 
 from headplug.cli.common import (
     AsJson,
+    At,
     Backbone,
     BatchSize,
     Data,
@@ -38,13 +40,7 @@ def probe(
         ),
     ],
     data: Data = "digits",
-    at: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A point to probe, as headplug taps lists; repeat for more. Left out: the stages "
-            "of the backbone, and before and after the head; of a folder all that is in it."
-        ),
-    ] = None,
+    at: At = None,
     probes: Annotated[
         str, typer.Option(help="Any of knn,linear,ridge,logistic,mlp; default: the protocol's.")
     ] = "",
@@ -108,6 +104,8 @@ def probe(
                 backbone=backbone,
                 pretrained=pretrained,
             )
+            if os.environ.get("RANK", "0") != "0":  # the first process goes on alone
+                return
             about = {"model": done["model"], "data": data, "images": done["images"], "pool": pool}
             report, results = evaluate(
                 folder / "features", folder, name=label, command=command, config=about, **options

@@ -67,11 +67,25 @@ def build_backbone(name: str, shape: tuple[int, int, int], stem: str = "auto") -
 
 
 def stages(backbone: nn.Module) -> list[str]:
-    """Paths of at most six stages, spread evenly over the depth."""
+    """Paths of at most six stages, spread evenly over the depth.
+
+    They are those that timm tells of; else the parts that have parts of their own, or the blocks of
+    the longest sequence.
+    """
     info = getattr(backbone, "feature_info", None)
     entries = info if isinstance(info, list) else getattr(info, "info", [])
-    known = {p for p, _ in backbone.named_modules()}
+    known = dict(backbone.named_modules())
     found = [e["module"] for e in entries if e["module"] in known]
+    if not found:
+        parts = backbone.named_children()
+        found = [
+            n for n, part in parts if [*part.children()] and any(True for _ in part.parameters())
+        ]
+    if len(found) < 2:
+        rows = {n: m for n, m in known.items() if isinstance(m, nn.Sequential | nn.ModuleList)}
+        longest = max(rows, key=lambda name: len(rows[name]), default=None)
+        if longest is not None:
+            found = [f"{longest}.{n}".lstrip(".") for n, _ in rows[longest].named_children()]
     if len(found) <= 6:
         return found
     return [found[round((i + 1) * len(found) / 6) - 1] for i in range(6)]

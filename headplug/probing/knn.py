@@ -21,7 +21,7 @@ from headplug.errors import DataError, OptionError, unknown
 from headplug.heads.base import positive
 from headplug.probing.data import Targets, as_targets, check_features
 from headplug.probing.neighbours import CELLS, ROWS, Bank, Part
-from headplug.store.ranks import Team
+from headplug.ranks import Team
 
 DISTANCES = ("cosine", "euclidean")
 CPU = torch.device("cpu")

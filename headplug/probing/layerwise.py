@@ -29,7 +29,7 @@ from headplug.probing.report import LayerReport
 from headplug.probing.table import AFTER, BEFORE, ON_TEST
 from headplug.probing.tasks import Features, Task, View, check_taps, few, views
 from headplug.progress import progress
-from headplug.store.ranks import team
+from headplug.ranks import team
 
 
 @torch.no_grad()

@@ -131,7 +131,9 @@ class JointSGD:
         plateau = training.schedule == "plateau"
         self.plateau = _Plateau(training, rates[:, 0]) if plateau else None
         self.best = torch.full_like(rates[:, 0], math.inf)
-        self.kept = (self.weight.clone(), self.bias.clone()) if training.keep_best else None
+        # not finite until an epoch's loss is
+        nothing = (torch.full_like(t, math.nan) for t in (self.weight, self.bias))
+        self.kept = tuple(nothing) if training.keep_best else None
 
     def scores(self, z: Tensor) -> Tensor:
         """Of normalised features `(B, D)`: `(K, S, B)`."""

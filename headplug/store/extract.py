@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from headplug.errors import RunError
 from headplug.heads.base import positive
+from headplug.ranks import Team, team
 from headplug.store.blocks import Loose, check, joined
 from headplug.store.features import FeatureStore
 from headplug.store.fingerprint import Fingerprint, differences
 from headplug.store.folder import INDEX, claimed, look, prepare, write_index
 from headplug.store.loaders import Stream, open_loader, same_random_state
 from headplug.store.model import TappedModel
-from headplug.store.ranks import Team, team
 from headplug.store.shards import Shard, shard_path
 from headplug.store.work import Sink, Work
 from headplug.taps.options import Pool

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from headplug.errors import DataError
+from headplug.ranks import Team
 from headplug.store.batches import Batch, Ids, distinct, parse
 from headplug.store.fingerprint import Fingerprint, digest
-from headplug.store.ranks import Team
 
 SAMPLED = 8  # samples that stand for all in a fingerprint
 EMPTY = "the loader is empty: there is nothing to extract."

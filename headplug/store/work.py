@@ -19,12 +19,12 @@ from torch import Tensor
 
 from headplug.errors import DataError, RunError
 from headplug.progress import progress
+from headplug.ranks import Team
 from headplug.store.batches import Batch, Ids, join_ids
 from headplug.store.blocks import LABELS, ids_of, with_ids
 from headplug.store.fingerprint import Fingerprint
 from headplug.store.loaders import Listed, Stream
 from headplug.store.model import TappedModel
-from headplug.store.ranks import Team
 from headplug.store.shards import Shard, shard_path, write_shard
 
 WAITING = 1  # shards, besides the one that is being written

@@ -219,6 +219,10 @@ def test_settings_that_overflow_are_named_predict_nothing_and_disturb_no_other(b
         torch.testing.assert_close(predicted[1], alone)
     with pytest.raises(RunError, match="lower lr"):
         fit_linear(x, y, [bad], training=training)
+    best = LinearTraining(epochs=3, batch_size=64, keep_best=True)
+    with pytest.warns(UserWarning, match=r"overflowed.*lr=1e\+30"):
+        models = fit_linear(x, y, [bad._replace(lr=1e30), good], training=best, validation=(x, y))
+    assert models.finite.tolist() == [False, True]
 
 
 def test_weights_hold_no_denormals_after_saturation(blobs):

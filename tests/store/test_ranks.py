@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 from headplug import FeatureStore, extract_features
 from headplug.errors import HeadplugError
-from headplug.store import ranks
+from headplug import ranks
 
 torch.set_num_threads(1)
 folder, size = Path(sys.argv[1]), int(sys.argv[2])

@@ -1,4 +1,4 @@
-"""What several processes of torch.distributed that make one store must tell each other.
+"""What several processes of torch.distributed that share a piece of work must tell each other.
 
 Only picklable objects travel, through a gloo group of its own, so that it works beside NCCL and
 never mixes with the collective calls of a training loop. Work that fails on one process ends with
@@ -62,7 +62,7 @@ class Team:
             if own is None:
                 raise RunError(
                     f"another of the {self.size} processes has ended ({_said(error)}). Its own "
-                    "output says why; run the same again to go on with what is missing."
+                    "output says why; then run the same again."
                 ) from error
         if own is not None:
             raise own
@@ -119,7 +119,7 @@ def team(distributed: bool = True) -> Iterator[Team]:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
         raise RunError(
-            f"the other processes do not take part ({_said(error)}). Call extract_features on "
+            f"the other processes do not take part ({_said(error)}). Make the call on "
             "every one of them, or pass distributed=False where one alone calls it."
         ) from error
     try:
