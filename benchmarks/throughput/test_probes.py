@@ -1,6 +1,6 @@
 """Probes on made-up features: 8,000 train and 2,000 test rows of 512 features, 10 classes.
 
-As hard as features of a network that has not been trained for long: the best accuracy is about 0.8.
+The classes overlap (the best accuracy is about 0.75) and the features are correlated.
 """
 
 import statistics
