@@ -11,6 +11,7 @@ from headplug.probing.intervals import wilson_interval
 from headplug.probing.knn import KNNSetting, knn_grid, knn_predict
 from headplug.probing.layerwise import probe_layers
 from headplug.probing.linear import LinearSetting, LinearTraining, fit_linear, linear_grid
+from headplug.probing.live import fit_linear_on
 from headplug.probing.logistic import LogisticSetting, fit_logistic, logistic_grid
 from headplug.probing.mlp import MLPSetting, fit_mlp, mlp_grid
 from headplug.probing.models import LinearModels
@@ -38,6 +39,7 @@ __all__ = [
     "ProbeProtocol",
     "RidgeSetting",
     "fit_linear",
+    "fit_linear_on",
     "fit_logistic",
     "fit_mlp",
     "fit_ridge",

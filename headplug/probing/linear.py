@@ -110,8 +110,7 @@ def fit_linear(
             "both or neither."
         )
     per_epoch = math.ceil(len(features) / training.batch_size)
-    steps = training.epochs * per_epoch
-    steps = steps if training.max_steps is None else min(steps, training.max_steps)
+    steps = training.steps(per_epoch)
     with plainly(features.device):
         mean, std = mean_and_std(features)
         joint = Joint(settings, training, targets, mean, std, per_epoch, steps, seed)

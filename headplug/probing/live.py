@@ -93,8 +93,7 @@ def fit_linear_on(
     tensors = (*model.parameters(), *model.buffers())
     home = next((t.device for t in tensors), torch.device("cpu"))
     place = home if device == "auto" else pick_device(device)
-    steps = training.epochs * per_epoch
-    steps = steps if training.max_steps is None else min(steps, training.max_steps)
+    steps = training.steps(per_epoch)
     cuda = [d for d in {home, place} if d.type == "cuda"]
     with (
         torch.random.fork_rng(cuda),

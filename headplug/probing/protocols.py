@@ -140,7 +140,7 @@ PROTOCOLS: Mapping[str, ProbeProtocol] = {
             "linear": _linear(
                 *(m * 10.0**e / 2 for e in (-5, -4, -3, -2) for m in (1, 2, 5)),
                 0.05,
-                epochs=1_000_000,
+                epochs=None,
                 max_steps=12_500,
                 batch_size=128,
                 init="normal",
@@ -187,7 +187,10 @@ PROTOCOLS: Mapping[str, ProbeProtocol] = {
                 keep_best=True,
             )
         },
-        differs="nothing but the order of samples and the weights at the start",
+        differs=(
+            "the order of samples and the weights at the start; the plateau is one of an epoch's "
+            "mean loss, not of its last batch's"
+        ),
         resplit=(0.7, 0.1, 0.2),
     ),
 }

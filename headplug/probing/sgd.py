@@ -31,7 +31,7 @@ class LinearTraining:
     """How linear probes are trained, whatever their learning rate.
 
     Attributes:
-        epochs: Passes over the data, at most.
+        epochs: Passes over the data, at most. None for as many as `max_steps` takes.
         max_steps: Batches, at most; it bounds the time on large data: 1500 steps of 512 are 15
             epochs of 50,000 samples. None for no bound.
         batch_size: Samples a batch, at most.
@@ -54,7 +54,7 @@ class LinearTraining:
         OptionError: A value is impossible, or means nothing with the others.
     """
 
-    epochs: int = 100
+    epochs: int | None = 100
     max_steps: int | None = 1500
     batch_size: int = 512
     momentum: float = 0.9
@@ -67,7 +67,10 @@ class LinearTraining:
     keep_best: bool = False
 
     def __post_init__(self) -> None:
-        positive("epochs", self.epochs)
+        if self.epochs is not None:
+            positive("epochs", self.epochs)
+        elif self.max_steps is None:
+            raise OptionError("give epochs or max_steps; both are None.")
         positive("batch_size", self.batch_size)
         if self.max_steps is not None:
             positive("max_steps", self.max_steps)
@@ -88,6 +91,11 @@ class LinearTraining:
                 f"schedule={self.schedule!r} and milestones={self.milestones} do not go together; "
                 'take schedule="steps", milestones=(60, 80) or leave both out.'
             )
+
+    def steps(self, per_epoch: int) -> int:
+        """How many batches it takes, of so many an epoch."""
+        bounds = (self.epochs and self.epochs * per_epoch, self.max_steps)
+        return min(bound for bound in bounds if bound is not None)
 
 
 class JointSGD:
