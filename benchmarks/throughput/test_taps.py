@@ -60,6 +60,7 @@ def tapped(model, x):
     return taps
 
 
+@pytest.mark.guard
 def test_five_taps_against_the_bare_forward(model, x, against):
     assert against(lambda: tapped(model, x), lambda: plain(model, x)) < 1.15
 
@@ -85,6 +86,7 @@ def test_early_exit_against_the_whole_forward(stage, model, x, against):
     against(lambda: features(model, x, at=stage), lambda: plain(model, x))
 
 
+@pytest.mark.guard
 @pytest.mark.parametrize("stage", STAGES[:3])
 def test_early_exit_against_torchvisions_pruned_graph(stage, model, x, against):
     pruned = create_feature_extractor(model, [stage])

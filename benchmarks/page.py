@@ -1,0 +1,219 @@
+"""Writes BENCHMARKS.md and the README's table of speeds from results/*.json, and from nothing else.
+
+    python benchmarks/page.py
+
+The files come from `pytest benchmarks --benchmark-only --benchmark-json=FILE`.
+"""
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib.figure
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+MARK = "<!-- speeds: written by benchmarks/page.py -->"
+
+ROWS = [  # what a reader should know first: ours, the peer, benchmarks
+    (
+        "`ae_embedding` head step, embedding 128, 256, 512",
+        "`simclr_plain` with the same widths",
+        [f"test_ae_head_against_the_papers_default[{d}]" for d in (128, 256, 512)],
+    ),
+    (
+        "`ae_embedding` head step (256)",
+        "lightly's default SimCLR head (2048)",
+        ["test_papers_heads_against_simclr[ae_embedding]"],
+    ),
+    ("`reweighting` head step", "the same", ["test_papers_heads_against_simclr[reweighting]"]),
+    (
+        "presets' head steps, least and most",
+        "lightly's own heads; bare layers as in solo-learn",
+        ["test_head_against_*"],
+    ),
+    (
+        "five taps on a ResNet-18, a block for each batch",
+        "the bare forward",
+        ["test_five_taps_against_the_bare_forward"],
+    ),
+    ("the same in one block", "five plain hooks", ["test_five_taps_in_one_block_against_hooks"]),
+    (
+        '`features(at="layer1")`, 2, 3, 4',
+        "the whole forward",
+        [f"test_early_exit_against_the_whole_forward[layer{i}]" for i in (1, 2, 3, 4)],
+    ),
+    (
+        "the same, layers 1, 2, 3",
+        "torchvision's pruned graph",
+        [f"test_early_exit_against_torchvisions_pruned_graph[layer{i}]" for i in (1, 2, 3)],
+    ),
+    ("all stages by `features`", "timm's `forward_intermediates`", ["test_stages_against_timm"]),
+    (
+        "extraction to disk, writes and checksums included",
+        "the bare forward loop",
+        ["test_extraction_to_disk_against_the_bare_forward_loop"],
+    ),
+    (
+        "kNN with 64 settings",
+        "the dearest of them alone",
+        ["test_a_grid_of_64_against_its_dearest_setting"],
+    ),
+    ("kNN with one setting", "lightly's `knn_predict`", ["test_one_setting_against_lightly"]),
+    (
+        "kNN with 64 settings",
+        "solo-learn's classifier, one of 64",
+        ["test_64_settings_against_solo_learn"],
+    ),
+    (
+        "linear probes of six taps, 1 learning rate",
+        "lightly's `LinearClassifier`, six runs",
+        ["test_linear_probes_of_six_taps_against_lightlys_classifier_with_one_rate[1]"],
+    ),
+    (
+        "the same, 8 learning rates",
+        "the same with one",
+        ["test_linear_probes_of_six_taps_against_lightlys_classifier_with_one_rate[8]"],
+    ),
+    (
+        "18 linear probes in one pass",
+        "a plain SGD loop for one",
+        ["test_18_linear_probes_against_a_loop_for_one"],
+    ),
+    (
+        "ridge, 12 penalties and the choice",
+        "scikit-learn's `RidgeClassifierCV`",
+        ["test_ridge_path_with_its_choice_against_scikit_learn"],
+    ),
+    (
+        "logistic regression, 8 penalties",
+        "scikit-learn's, refitted for each",
+        ["test_logistic_path_against_scikit_learn_refitted_for_each_penalty"],
+    ),
+    ("singular spectrum, centred and not", "NumPy's SVD", ["test_spectra_against_numpys_svd"]),
+]
+
+
+def results():
+    """Every results file of pytest-benchmark, by name."""
+    read = {path: json.loads(path.read_text()) for path in sorted(HERE.glob("results/*.json"))}
+    return {path: content for path, content in read.items() if "benchmarks" in content}
+
+
+def ratio(info):
+    """Median with quartiles."""
+    return f"{info['ratio']:.2f} [{info['ratio_low']:.2f}, {info['ratio_high']:.2f}]"
+
+
+def headline(found):
+    """The table of what a reader should know first."""
+    lines = ["| ours | peer | time of ours / peer's |", "|---|---|---|"]
+    for ours, peer, names in ROWS:
+        start = names[0].rstrip("*")
+        infos = [found[n] for n in names if n in found]
+        if start != names[0]:
+            ratios = [i["ratio"] for n, i in found.items() if n.startswith(start)]
+            text = f"{min(ratios):.2f} to {max(ratios):.2f} ({len(ratios)} heads)"
+        elif len(infos) == 1:
+            text = ratio(infos[0])
+        else:
+            text = ", ".join(f"{info['ratio']:.2f}" for info in infos)
+        lines.append(f"| {ours} | {peer} | {text} |")
+    return lines
+
+
+def picture(found, path):
+    """All ratios on one axis, with their quartiles."""
+    shown = {n: i for n, i in found.items() if not n.startswith("test_head_against")}
+    figure = matplotlib.figure.Figure(figsize=(9, 0.27 * len(shown) + 1), layout="constrained")
+    axes = figure.subplots()
+    for y, info in enumerate(shown.values()):
+        axes.plot([info["ratio_low"], info["ratio_high"]], [y, y], color="#0072b2", linewidth=2)
+        axes.plot(info["ratio"], y, "o", color="#0072b2", markersize=5)
+    axes.axvline(1, color="#8a8a8b", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(shown)), [words(name) for name in shown], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of ours / peer's; below 1 ours is faster")
+    figure.savefig(path, dpi=110)
+
+
+def words(name):
+    """A benchmark's name as words."""
+    return name.removeprefix("test_").replace("_", " ")
+
+
+def section(path, content):
+    """One results file: how it was made, and every number."""
+    about = content["machine_info"]
+    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+    lines = [
+        f"## {path.stem}",
+        "",
+        f"`{about['command']}`, {content['datetime'][:10]}, commit "
+        f"`{content['commit_info']['id'][:10]}`; {about['machine']['cpu']}, "
+        f"{about['machine']['cores']} cores, GPU: {about['machine']['gpu']}; {versions}.",
+    ]
+    for module, group in groupby(content["benchmarks"], lambda b: b["fullname"].split("::")[0]):
+        lines += ["", f"### {module.removeprefix('benchmarks/')}", ""]
+        lines += ["| benchmark | ours, ms | ours / peer's time | also |", "|---|---|---|---|"]
+        for one in group:
+            info = dict(one["extra_info"])
+            shown = ratio(info) if "ratio" in info else ""
+            rest = {
+                k: v for k, v in info.items() if not k.startswith(("ratio", "pairs", "summary"))
+            }
+            also = ", ".join(f"{k} {plain(v)}" for k, v in rest.items())
+            ms = 1000 * one["stats"]["median"]
+            lines.append(f"| {words(one['name'])} | {ms:,.1f} | {shown} | {also} |")
+    return lines
+
+
+def plain(value):
+    """A number or a list of numbers, short."""
+    if isinstance(value, list):
+        return " ".join(map(plain, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{k} {plain(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main():
+    """Writes the page, its picture and the README's table."""
+    files = results()
+    found = {
+        one["name"]: one["extra_info"]
+        for content in files.values()
+        for one in content["benchmarks"]
+        if "ratio" in one["extra_info"]
+    }
+    table = headline(found)
+    picture(found, HERE / "results" / "speeds.png")
+    page = [
+        "# Benchmarks",
+        "",
+        "Written by `python benchmarks/page.py` from `benchmarks/results/*.json`, and from nothing "
+        "else. Times are CPU time on one thread, ours and the peer's in turn in one process: the "
+        "median of the ratios of the pairs, with their quartiles. Differences below 1.1 are none.",
+        "",
+        *table,
+        "",
+        "![All ratios](results/speeds.png)",
+        "",
+        "Expect to win: a frozen or fixed first layer; whole grids of probes, which cost little "
+        "more than one setting; early exit. Expect parity: presets against the library's own heads, "
+        "taps against plain hooks, one kNN setting. Expect to lose: taps opened anew for each batch "
+        "of a very small model; float32 spectra against a plain SVD of features that fit in memory; "
+        "logistic regression with hardly any penalty on separable data.",
+    ]
+    for path, content in files.items():
+        page += ["", *section(path, content)]
+    (HERE / "BENCHMARKS.md").write_text("\n".join(page) + "\n")
+    before, _, rest = README.read_text().partition(MARK + "\n")
+    _, _, after = rest.partition(MARK)
+    README.write_text(f"{before}{MARK}\n" + "\n".join(table) + f"\n{MARK}{after}")
+
+
+if __name__ == "__main__":
+    main()
