@@ -202,10 +202,10 @@ def main():
         "![All ratios](results/speeds.png)",
         "",
         "Expect to win: a frozen or fixed first layer; whole grids of probes, which cost little "
-        "more than one setting; early exit. Expect parity: presets against the library's own heads, "
-        "taps against plain hooks, one kNN setting. Expect to lose: taps opened anew for each batch "
-        "of a very small model; float32 spectra against a plain SVD of features that fit in memory; "
-        "logistic regression with hardly any penalty on separable data.",
+        "more than one setting; early exit. Expect parity: presets against the library's own "
+        "heads, taps against plain hooks, one kNN setting. Expect to lose: taps opened anew for "
+        "each batch of a very small model; float32 spectra against a plain SVD of features that "
+        "fit in memory; logistic regression with hardly any penalty on separable data.",
     ]
     for path, content in files.items():
         page += ["", *section(path, content)]

@@ -38,13 +38,13 @@ def test_importing_headplug_imports_nothing_heavy() -> None:
     assert sorted(set(HEAVY) & set(loaded)) == []
 
 
-def test_importing_headplug_takes_at_most_0_3_s_beyond_torch() -> None:
+def test_importing_headplug_takes_at_most_0_3_s_of_cpu_time_beyond_torch() -> None:
     code = """
 import time
 import torch
-start = time.perf_counter()
+start = time.process_time()
 import headplug
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
     assert min(float(python(code)) for _ in range(3)) <= 0.3
 
