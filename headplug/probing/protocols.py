@@ -106,7 +106,7 @@ _LOGISTIC = [LogisticSetting(float(10 ** (-6 + 11 * i / 44))) for i in range(45)
 
 PROTOCOLS: Mapping[str, ProbeProtocol] = {
     "headplug": ProbeProtocol(
-        source="headplug: features standardised, grids wide enough for most",
+        source="headplug: grids wide enough for most features",
         probes={name: PROBES[name] for name in ("knn", "linear", "ridge")},
         differs="nothing",
     ),
