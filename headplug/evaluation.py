@@ -9,6 +9,7 @@ runs/probe-NAME/
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -25,6 +26,7 @@ from headplug.files import write_json
 from headplug.probing import DEFINITIONS, LayerReport, probe_layers
 from headplug.probing.layerwise import check_counts, rule_of
 from headplug.probing.probes import PROBES, probes_of
+from headplug.probing.table import title
 from headplug.store import FeatureStore
 from headplug.store.folder import INDEX
 
@@ -35,9 +37,12 @@ def is_stores(source: str) -> bool:
     """Whether it is a folder with the stores of both splits, as `headplug extract` makes it.
 
     Raises:
-        UnknownNameError: It is a folder with one of them.
+        UnknownNameError: It is a folder with one of them, or a path to nothing.
     """
-    there = [split for split in SPLITS if (Path(source) / split / INDEX).is_file()]
+    folder = Path(source)
+    if not folder.exists() and os.sep in source and ":" not in source and not folder.suffix:
+        raise UnknownNameError(f"there is no file or folder {source!r}; check the path.")
+    there = [split for split in SPLITS if (folder / split / INDEX).is_file()]
     if len(there) == 1:
         (missing,) = set(SPLITS) - set(there)
         raise UnknownNameError(
@@ -48,18 +53,28 @@ def is_stores(source: str) -> bool:
 
 
 def check_options(
-    probes: Sequence[str] | None, protocol: str, select_on: str | None, shots: Sequence[int]
+    probes: Sequence[str] | None,
+    protocol: str,
+    select_on: str | None,
+    held_out: float | None,
+    shots: Sequence[int],
 ) -> dict[str, Any]:
     """The same, for `probe_layers`; wrong ones are found before any data are read.
 
     Raises:
         UnknownNameError, OptionError: There is no such thing.
     """
-    rule = rule_of(protocol, select_on, None)
+    rule = rule_of(protocol, select_on, held_out)
     if probes is not None:
         probes_of(probes, {**PROBES, **rule.probes})
     check_counts(shots=shots)
-    return {"probes": probes, "protocol": protocol, "select_on": select_on, "shots": shots}
+    return {
+        "probes": probes,
+        "protocol": protocol,
+        "select_on": select_on,
+        "held_out": held_out,
+        "shots": shots,
+    }
 
 
 def evaluate(
@@ -105,7 +120,10 @@ def evaluate(
         "schema": 1,
         "command": command,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config": {**(config or {}), **report.about},
+        "config": {
+            **(config or {}),
+            **{k: report.about[k] for k in ("protocol", "select_on", "held_out", "seed", "draws")},
+        },
         "versions": versions(),
         "machine": machine(),
         "seeds": [run["seed"]],
@@ -116,7 +134,9 @@ def evaluate(
         },
         "runs": runs,
         "failed": [],
-        "summary": summarize(runs, hits_of(runs), default_head=name, probes=probes),
+        "summary": summarize(
+            runs, hits_of(runs), default_head=name, probes=probes, probe=title(report.best)
+        ),
         "definitions": DEFINITIONS,
     }
     write_json(out / "results.json", results)
@@ -141,9 +161,10 @@ class _Chosen:
 
 
 def _plain(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run whose probes on few samples are probes of their own, for tables and figures."""
-    named = []
-    for row in run["taps"]:
-        shots = "" if row["shots"] is None else f" {row['shots']}-shot"
-        named.append({**row, "probe": f"{row['probe']}{shots}"})
-    return {**run, "taps": named}
+    """A run whose probes are called as in the table: with their shots, and a mark if on test."""
+    names = [title(row) for row in run["taps"]]
+    parts = {
+        key: [{**one, "probe": name} for one, name in zip(run[key], names, strict=True)]
+        for key in ("taps", "grids")
+    }
+    return {**run, **parts}

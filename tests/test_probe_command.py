@@ -70,8 +70,11 @@ def test_probes_of_stored_features_are_those_of_python(headplug, stored, tmp_pat
     assert results == json.loads((tmp_path / "run" / "results.json").read_text())
     assert (tmp_path / "run" / "layers.png").stat().st_size > 10_000
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Read features at" in page
     assert "Every setting of the knn probe" in page
+    best = expected.best
+    assert f"Read features at <code>{best['tap']}</code>" in page
+    assert f"with a {best['probe']} probe" in page
+    assert f"Best: {best['tap']}, {best['probe']} " in expected.table()
 
 
 def test_the_table_the_whole_setting_and_the_paths_are_printed(headplug, stored, tmp_path):
@@ -88,6 +91,14 @@ def test_the_table_the_whole_setting_and_the_paths_are_printed(headplug, stored,
     assert f"{tmp_path}/run/report.html" in out
     page = (tmp_path / "run" / "report.html").read_text()
     assert "the test samples themselves" in page
+    assert "Settings were chosen on the test images" in page
+    assert "Accuracy of the linear* probe" in page
+    assert "held-out train" not in page
+    honest = tmp_path / "honest"
+    assert headplug("probe", stored / "good", "--at", "projection", "--out", honest)[0] == 0
+    code, _, err = headplug("report", tmp_path / "run", honest)
+    assert code == 1
+    assert "chosen on the test samples, of others on held-out" in err
 
 
 def test_several_runs_are_compared_on_the_same_test_images(headplug, stored, tmp_path):
@@ -156,6 +167,9 @@ def test_half_a_folder_is_named(headplug, stored, tmp_path):
     code, _, err = headplug("probe", tmp_path / "half")
     assert code == 2
     assert "has the features of train and none of test" in err
+    code, _, err = headplug("probe", tmp_path / "no" / "folder")
+    assert code == 2
+    assert "there is no file or folder" in err
     code, _, err = headplug("report", tmp_path / "nothing")
     assert code == 2
     assert "headplug probe" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from contextlib import redirect_stdout
@@ -51,6 +52,9 @@ def probe(
     select_on: Annotated[
         str | None, typer.Option(help="Choose settings on held-out train, or on test.")
     ] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Part of train that settings are chosen on.")
+    ] = None,
     shots: Annotated[
         str, typer.Option(help="Also with few samples of each class, e.g. 1,5,10.")
     ] = "",
@@ -75,17 +79,19 @@ def probe(
     from headplug.evaluation import check_options, evaluate, is_stores
 
     few = numbers("shots", shots, int)
-    wanted = check_options(split(probes) or None, protocol, select_on, few)
-    label = name or Path(source.rpartition(":")[2]).stem or source
-    folder = out or Path("runs") / f"probe-{label}"
+    wanted = check_options(split(probes) or None, protocol, select_on, held_out, few)
+    folder = out or Path("runs") / f"probe-{re.sub(r'[^a-zA-Z0-9._]+', '-', source).strip('-.')}"
+    label = name or _label(source)
     command = shlex.join(["headplug", *sys.argv[1:]])
     options = {"seed": seed, "device": device, "show_progress": True, **wanted}
     with redirect_stdout(sys.stderr):  # libraries and the user's code may print
-        if is_stores(source):
+        stored = is_stores(source)
+        first = os.environ.get("RANK", "0") == "0"  # it probes alone
+        if stored and first:
             report, results = evaluate(
                 Path(source), folder, name=label, command=command, taps=at or (), **options
             )
-        else:
+        elif not stored:
             from headplug.extraction import extract
 
             done = extract(
@@ -104,18 +110,28 @@ def probe(
                 backbone=backbone,
                 pretrained=pretrained,
             )
-            if os.environ.get("RANK", "0") != "0":  # the first process goes on alone
+            if not first:
                 return
             about = {"model": done["model"], "data": data, "images": done["images"], "pool": pool}
             report, results = evaluate(
                 folder / "features", folder, name=label, command=command, config=about, **options
             )
+        else:
+            return
     if json_:
         print(json.dumps(results, indent=1))
         return
     print(report.table(), "", f"protocol {protocol}:", sep="\n")
     print(report.setting, "", sep="\n")
     print(*(f"{what}: {folder / file}" for what, file in FILES.items()), sep="\n")
+
+
+def _label(source: str) -> str:
+    """What a model or a folder of features is called."""
+    path = Path(source.rpartition(":")[2])
+    if path.is_dir() and path.name == "features":
+        path = path.absolute().parent
+    return path.stem if path.is_file() else path.name
 
 
 FILES = {"results": "results.json", "report ": "report.html", "picture": "layers.png"}

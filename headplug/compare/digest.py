@@ -5,12 +5,14 @@ No sentence says more than its interval allows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from headplug.compare.figures import mean
 from headplug.errors import DataError
+from headplug.probing.table import ON_TEST
 
 Results = Mapping[str, Any]
 Table = tuple[Sequence[tuple[str, str]], Sequence[Sequence[str]]]  # (group, label) of columns; rows
@@ -41,7 +43,9 @@ def answer(results: Results) -> list[str]:
         lead, verdict = f"Read features at {where}.", ""
     elif head == default:
         lead = f"Keep the default head `{head}` and read features at {where}."
-        verdict = f"On held-out train it came first of {len(ranked(results))} heads."
+        on_test = best.get("selected_on") == ON_TEST
+        place = "On the test images" if on_test else "On held-out train"
+        verdict = f"{place} it came first of {len(ranked(results))} heads."
     elif gain is None:
         verdict = f"The default head `{default}` has no finished run: the gain over it is unknown."
     else:
@@ -64,11 +68,14 @@ def answer(results: Results) -> list[str]:
             f"With this head, `pre_projection` scores {_points(gap)} against `projection`: the "
             f"interval {zero} 0."
         ]
+    if best.get("selected_on") == ON_TEST:
+        layers.append("Settings were chosen on the test images: accuracies on new ones are lower.")
     basis = f"Measured on {results['data']['test']:,} test images"
     if best.get("selected_on"):
         basis += f"; head and layer selected on: {best['selected_on']}"
-    trust = f"Means over {len(results['seeds'])} seeds."
-    if len(results["seeds"]) == 1:
+    most = _most_seeds(results)
+    trust = f"Means over {most} seeds."
+    if most == 1:
         trust = (
             "One seed: the intervals cover the choice of test images, not training luck. Repeat "
             "with more seeds before you rely on a small difference."
@@ -124,8 +131,8 @@ def head_tables(results: Results) -> tuple[Table, Table]:
             return score({key: mean(row.get(key) for row in found) for key in keys})
 
         notes = ["default"] if head == summary.get("default_head") else []
-        if len(runs) < len(results["seeds"]):
-            notes.append(f"{len(runs)} of {len(results['seeds'])} seeds")
+        if len(runs) < _most_seeds(results):
+            notes.append(f"{len(runs)} of {_most_seeds(results)} seeds")
         name = f"{head} ({', '.join(notes)})" if notes else head
         gap = best.get("gap") or {}
         difference = score({**gap, "accuracy": gap.get("mean")}, form="+.1f")
@@ -190,6 +197,11 @@ def check(results: Results) -> None:
             f"a report needs results of schema 1; these say schema {results.get('schema')!r}, from "
             f"headplug {version}. Install that version, or run `headplug compare` again."
         )
+
+
+def _most_seeds(results: Results) -> int:
+    """How many runs the head with the most of them has."""
+    return max(Counter(run["head"] for run in results["runs"]).values(), default=0)
 
 
 def _of_head(results: Results, head: str) -> Mapping[str, Any]:

@@ -59,7 +59,15 @@ def merge(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             runs.append({**run, "head": label, "config": part["config"]})
     if not runs:
         raise DataError("none of these has a finished run.")
-    tested = {json.dumps(run["about"]["test_labels"], sort_keys=True): run for run in runs}
+    if not all("test_samples" in run.get("about", ()) for run in runs):
+        raise DataError("some of these runs are of an older headplug; run them again to compare.")
+    ways = {run["about"]["select_on"] for run in runs}
+    if len(ways) > 1:
+        raise DataError(
+            "settings of some of these runs were chosen on the test samples, of others on held-out "
+            "train; probe all in the same way to compare them."
+        )
+    tested = {json.dumps(run["about"]["test_samples"], sort_keys=True): run for run in runs}
     if len(tested) > 1:
         one, other = (run["head"] for run in list(tested.values())[:2])
         raise DataError(
@@ -70,6 +78,7 @@ def merge(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if not probes:
         raise DataError("the runs have no probe in common; run the same probes on each.")
     default = first["summary"]["default_head"]
+    deciding = first["summary"]["probe"]
     return {
         **first,
         "command": None,
@@ -82,6 +91,7 @@ def merge(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             hits_of(runs),
             default_head=default if seen.get(default) == 1 else runs[0]["head"],
             probes=probes,
+            probe=deciding if deciding in probes else None,
         ),
     }
 

@@ -117,7 +117,7 @@ def _details(results: Results) -> str:
                 "probe": row["probe"],
                 "setting": _options(row.get("setting")),
                 "accuracy": score(row),
-                "held out": score({"accuracy": row.get("val_accuracy")}),
+                "where chosen": score({"accuracy": row.get("val_accuracy")}),
                 "selected on": row.get("selected_on") or "-",
             }
             for row in run["taps"]
@@ -228,7 +228,8 @@ def _plain(value: Any) -> str:
 
 _CAPTIONS = (
     "Before and after the head. Accuracies in per cent on the test images, mean over seeds, with "
-    "their 95% interval in brackets; heads in the order of their accuracy on held-out train.",
+    "their 95% interval in brackets; heads in the order of their accuracy where settings are "
+    "chosen.",
     "The best layer of each head, and what the head costs.",
 )
 _TEMPLATE = """\

@@ -187,7 +187,12 @@ class Runner:
             for p in at
             if not (p.startswith("backbone.") and _close(learned[p], learned["pre_projection"]))
         ]
-        return tuple(FeatureStore.from_tensors({p: s[p] for p in at}, s.labels) for s in found)  # type: ignore[return-value]
+        rows = (self.data.train.rows, self.data.test.rows)
+        train, test = (
+            FeatureStore.from_tensors({p: s[p] for p in at}, s.labels, ids)
+            for s, ids in zip(found, rows, strict=True)
+        )
+        return train, test
 
 
 def trained_head(folder: Path) -> nn.Module:

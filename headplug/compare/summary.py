@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from headplug.probing import LayerReport
-from headplug.probing.intervals import bootstrap
+from headplug.probing.intervals import bootstrap, wilson_interval
 from headplug.probing.report import unpacked
 
 METHOD = "paired bootstrap over test images and seeds"
@@ -21,7 +21,12 @@ Hits = Mapping[tuple[str, int], Mapping[tuple[str, str], np.ndarray]]
 
 
 def summarize(
-    runs: Sequence[Mapping[str, Any]], hits: Hits, *, default_head: str, probes: Sequence[str]
+    runs: Sequence[Mapping[str, Any]],
+    hits: Hits,
+    *,
+    default_head: str,
+    probes: Sequence[str],
+    probe: str | None = None,
 ) -> dict[str, Any]:
     """The summary of results.json.
 
@@ -29,14 +34,15 @@ def summarize(
         runs: The finished runs.
         hits: For each (head, seed), by (tap, probe), which test images were classified rightly.
         default_head: Label of the head that gains are measured against, whether it ran or not.
-        probes: The probes that ran; "linear" decides if it is among them, else the first.
+        probes: The probes that ran.
+        probe: The one that decides; left out, "linear" if it is among them, else the first.
 
     Returns:
         `probe`, `default_head`, `best`, `gain` (None where the default won or did not run) and one
         entry for each head, best first, with its best layer and the gap between pre_projection and
         projection.
     """
-    probe = headline(probes)
+    probe = probe or headline(probes)
     labels = list(dict.fromkeys(r["head"] for r in runs))
     best_of = {label: _best_row(runs, label, probe) for label in labels}
     labels.sort(key=lambda label: -best_of[label]["val_accuracy"])
@@ -135,6 +141,8 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, name: str) -> dict[str, float]:
-    """Mean of (seeds, images) and its 95% bootstrap interval."""
-    low, high = bootstrap(values)
-    return {name: float(values.mean()), "low": low, "high": high}
+    """Mean of (seeds, images) and its 95% interval: Wilson's of one accuracy, else by bootstrap."""
+    one = len(values) == 1 and set(np.unique(values)) <= {0, 1} and name == "accuracy"
+    mean = float(values.mean())
+    low, high = wilson_interval(mean, values.shape[1]) if one else bootstrap(values)
+    return {name: mean, "low": low, "high": high}

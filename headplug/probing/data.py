@@ -107,6 +107,7 @@ def as_targets(labels: Tensor | Targets, count: int, num_classes: int | None = N
         values = values[:, None] if values.ndim == 1 else values
         return Targets("regression", values, values.shape[1])
     low, high = int(values.min()), int(values.max())
+    values = values.long() if values.dtype == torch.bool and values.ndim == 1 else values
     if values.ndim == 2:
         if low < 0 or high > 1:
             raise DataError(

@@ -8,6 +8,7 @@ outcomes give the same interval.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headplug.errors import DataError
 from headplug.probing.data import Targets
 from headplug.probing.metrics import score
 
@@ -48,22 +50,14 @@ def bootstrap(values: Any) -> tuple[float, float]:
     >>> bootstrap([[1, 1, 1, 1]])
     (1.0, 1.0)
     """
-    values = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(0)
-    repeats, samples = values.shape
-    if repeats == 1:  # counts of each value tell the same as a list of samples
-        kinds, counts = np.unique(values, return_counts=True)
-        means = rng.multinomial(samples, counts / samples, size=DRAWS) @ kinds / samples
-    else:
-        means = np.empty(DRAWS)
-        for i in range(DRAWS):
-            of_sample = values[rng.integers(repeats, size=repeats)].mean(axis=0)
-            means[i] = of_sample[rng.integers(samples, size=samples)].mean()
-    return quantiles(means)
+    return quantiles(_means(values))
 
 
 def bootstrap_scores(predicted: Tensor, targets: Targets) -> Tensor:
     """The metric of `(S, M, K)` predictions on resampled samples, the same for each `(S, B)`.
+
+    It is NaN for resamples without any label, or in which no number varies; a warning says so if
+    they are many.
 
     Raises:
         DataError: See `headplug.probing.metrics.score`.
@@ -76,7 +70,15 @@ def bootstrap_scores(predicted: Tensor, targets: Targets) -> Tensor:
             1, drawn, torch.ones(50, count, device="cpu")
         )
         found.append(score(predicted, targets, counts).cpu())
-    return torch.cat(found, dim=1)
+    out = torch.cat(found, dim=1)
+    missing = int(out[0].isnan().sum())
+    if missing > RESAMPLES / 20:
+        warnings.warn(
+            f"an interval rests on {RESAMPLES - missing} of {RESAMPLES} resamples, as the others "
+            "have nothing to measure: too few test samples, or too rare a label.",
+            stacklevel=3,
+        )
+    return out
 
 
 class Difference(NamedTuple):
@@ -102,22 +104,31 @@ def paired_hits(ours: Any, theirs: Any) -> Difference:
 
     Args:
         ours: Hits of M samples `(M,)`, or of R repeats `(R, M)`.
-        theirs: The same of the other side.
+        theirs: The same of the other side; one repeat stands against each of several.
 
     Returns:
-        With p of McNemar's exact test for one repeat, else of the bootstrap.
+        With p of McNemar's exact test if both have one repeat; else of a normal distribution with
+        the bootstrap's spread.
+
+    Raises:
+        DataError: The numbers of repeats, or of samples, do not go together.
 
     >>> round(paired_hits([1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0]).p, 6)
     0.03125
     """
     a, b = (np.atleast_2d(np.asarray(side, dtype=np.float64)) for side in (ours, theirs))
+    if a.shape[1] != b.shape[1] or (len(a) != len(b) and 1 not in (len(a), len(b))):
+        raise DataError(
+            f"hits of {a.shape} and {b.shape} (repeats, samples) cannot be paired; take the same "
+            "samples and the same number of draws."
+        )
     difference = a - b
-    value = float(difference.mean())
-    low, high = bootstrap(difference)
-    if len(a) == 1:
+    if len(difference) == 1:
         won, lost = int((difference > 0).sum()), int((difference < 0).sum())
-        return Difference(value, low, high, _sign_test(won, lost), "McNemar, exact")
-    return Difference(value, low, high, _sign_flips(a.mean(0) - b.mean(0)), "sign flips")
+        low, high = bootstrap(difference)
+        p = _sign_test(won, lost)
+        return Difference(float(difference.mean()), low, high, p, "McNemar's exact test")
+    return _difference(float(difference.mean()), _means(difference))
 
 
 def paired_scores(predicted: Tensor, targets: Targets) -> Difference:
@@ -128,11 +139,7 @@ def paired_scores(predicted: Tensor, targets: Targets) -> Difference:
     """
     ours, theirs = score(predicted, targets).tolist()
     resampled = bootstrap_scores(predicted, targets)
-    difference = (resampled[0] - resampled[1]).numpy()
-    below = max(float((difference <= 0).mean()), 1 / RESAMPLES)
-    above = max(float((difference >= 0).mean()), 1 / RESAMPLES)
-    low, high = quantiles(difference)
-    return Difference(ours - theirs, low, high, min(1.0, 2 * min(below, above)), "bootstrap")
+    return _difference(ours - theirs, (resampled[0] - resampled[1]).numpy())
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -162,16 +169,29 @@ def _sign_test(won: int, lost: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def _sign_flips(difference: np.ndarray) -> float:
-    """Two-sided test of a mean of zero, by flipping signs at random."""
+def _difference(value: float, resampled: np.ndarray) -> Difference:
+    """With p of a normal distribution, which several tests together need: it has no least value."""
+    spread = float(np.nanstd(resampled))
+    p = math.erfc(abs(value) / spread / math.sqrt(2)) if spread else float(value == 0)
+    return Difference(value, *quantiles(resampled), p, "the bootstrap's spread")
+
+
+def _means(values: Any) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(0)
-    kinds, counts = np.unique(np.abs(difference), return_counts=True)
-    sums = (2 * rng.binomial(counts, 0.5, size=(DRAWS, len(kinds))) - counts) @ kinds
-    beyond = int((np.abs(sums) >= abs(difference.sum()) - 1e-9).sum())
-    return (beyond + 1) / (DRAWS + 1)
+    repeats, samples = values.shape
+    if repeats == 1:  # counts of each value tell the same as a list of samples
+        kinds, counts = np.unique(values, return_counts=True)
+        found: np.ndarray = rng.multinomial(samples, counts / samples, size=DRAWS) @ kinds / samples
+        return found
+    means = np.empty(DRAWS)
+    for i in range(DRAWS):
+        of_sample = values[rng.integers(repeats, size=repeats)].mean(axis=0)
+        means[i] = of_sample[rng.integers(samples, size=samples)].mean()
+    return means
 
 
 def quantiles(values: Any) -> tuple[float, float]:
     """The ends of the middle 95% of some values."""
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)

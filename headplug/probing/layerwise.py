@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headplug.device import pick_device
 from headplug.diagnostics import describe, weight_profile
-from headplug.errors import OptionError, unknown
+from headplug.errors import DataError, OptionError, unknown
 from headplug.probing.intervals import bootstrap, bootstrap_scores, quantiles, wilson_interval
 from headplug.probing.metrics import METRICS, score
 from headplug.probing.probes import PROBES, Predict, Probe, probes_of
@@ -39,7 +39,7 @@ def probe_layers(
     probes: str | Sequence[str] | Mapping[str, Any] | None = None,
     *,
     tasks: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-    shots: Sequence[int] = (),
+    shots: int | Sequence[int] = (),
     draws: int = 5,
     protocol: str | ProbeProtocol = "headplug",
     select_on: str | None = None,
@@ -88,11 +88,14 @@ def probe_layers(
     >>> probe_layers(store, store, ["ridge"], device="cpu")
     LayerReport(1 taps, best 'h' with ridge: 100.0 [91.2, 100.0])
     """
+    shots = [shots] if isinstance(shots, int) else list(shots)
 
     def prepare() -> _Work:
         rule = rule_of(protocol, select_on, held_out)
         asked = rule.probes if probes is None else probes_of(probes, {**PROBES, **rule.probes})
         check_counts(shots=shots, draws=[draws])
+        if not isinstance(seed, int):
+            raise OptionError(f"seed must be a whole number, not {seed!r}.")
         known, queries, found = views(train, test, tasks, rule, seed)
         if shots and any(task.train.kind != "classes" for task in found):
             raise OptionError("shots are samples of each class, and these labels are no classes.")
@@ -100,10 +103,17 @@ def probe_layers(
         place = pick_device(device)
         todo = [task.to(place) for task in found]
         drawn = {task.name: {n: few(task, n, draws, seed) for n in shots} for task in todo}
-        return _Work(replace(rule, probes=asked), known, queries, todo, drawn, place, seed)
+        ids = getattr(test, "ids", None)
+        return _Work(replace(rule, probes=asked), known, queries, todo, drawn, place, seed, ids)
 
     with team(distributed) as ranks:
         work = ranks.own(prepare)
+        sums = set(ranks.each(work.check_sum))
+        if len(sums) > 1:
+            raise DataError(
+                f"the {ranks.size} processes were given different labels or taps; with "
+                "distributed=True all make the same call. Gather the features on each first."
+            )
         taps, count = work.known.points, len(work.known.points) * len(work.rule.probes)
         mine = taps[ranks.rank :: ranks.size]
         with progress("probes", count, show=show_progress) as advance:
@@ -121,7 +131,7 @@ def probe_layers(
             **work.rule.config,
             "seed": seed,
             "draws": draws if shots else None,
-            "test_labels": {t.name: _check_sum(t.test.values) for t in work.tasks},
+            "test_samples": {t.name: _check_sum(t.test.values, work.ids) for t in work.tasks},
         },
         outcomes=[outcome.result for outcome in outcomes],
         answers={task.name: task.test.to(torch.device("cpu")) for task in work.tasks},
@@ -144,6 +154,12 @@ class _Work(NamedTuple):
     drawn: Mapping[str, Mapping[int, Sequence[Tensor]]]
     place: torch.device
     seed: int
+    ids: Any  # of the test samples
+
+    def check_sum(self) -> int:
+        """Tells whether processes were given the same."""
+        labels = [t.values for task in self.tasks for t in (task.train, task.test)]
+        return zlib.crc32(repr([list(self.known.points), *map(_check_sum, labels)]).encode())
 
     def profile(self) -> dict[str, Any]:
         """How the head weights features, where both of its sides are there."""
@@ -200,15 +216,16 @@ def rule_of(
             raise OptionError(str(unknown("way to select", select_on, SELECT_ON)))
         protocol = replace(protocol, select_on=select_on)
     if held_out is not None:
-        if not 0 < held_out < 1:
+        if not isinstance(held_out, float) or not 0 < held_out < 1:
             raise OptionError(f"held_out must lie between 0 and 1, not at {held_out!r}.")
         protocol = replace(protocol, held_out=held_out)
     return protocol
 
 
-def _check_sum(values: Tensor) -> int:
-    """Tells test samples apart by their labels."""
-    return zlib.crc32(values.cpu().contiguous().numpy().tobytes())
+def _check_sum(values: Tensor, ids: Any = None) -> int:
+    """Tells samples apart by their labels, and by their ids where there are some."""
+    named = ids.tolist() if isinstance(ids, Tensor) else ids
+    return zlib.crc32(repr(named).encode(), zlib.crc32(values.cpu().contiguous().numpy().tobytes()))
 
 
 class _Run(NamedTuple):
@@ -227,16 +244,18 @@ class _Run(NamedTuple):
         """With all training samples."""
         task, x = self.task, self.features
         probe, basis = self.probe.up_to(len(task.fit)), task.basis
+        parted = self.rule.resplit is not None or probe.training.keep_best  # fit and held, apart
         on_test = self.rule.select_on == "test"
+        rows = task.fit if parted or not on_test else torch.arange(len(x), device=x.device)
+        predict = self._fit(probe, x[rows], task.train[rows])
         if on_test:
-            predicted, basis = self._fit(probe, x, task.train)(self.queries), ON_TEST
+            predicted, basis = predict(self.queries), ON_TEST
             values = score(predicted, task.test)
         else:
-            predict = self._fit(probe, x[task.fit], task.train[task.fit])
             values = self._held(predict)
         chosen = int(values.argmax())
         if not on_test:
-            if not self.rule.resplit and not probe.training.keep_best:
+            if not parted:
                 predict = self._fit(probe.only(chosen), x, task.train)
             predicted = predict(self.queries)
         result = predicted[chosen if len(predicted) > 1 else 0]

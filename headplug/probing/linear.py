@@ -48,7 +48,7 @@ class LinearSetting(NamedTuple):
 
 
 def linear_grid(
-    lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+    lrs: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     weight_decays: Sequence[float] = (0.0, 1e-3, 1e-2),
     normalize: Sequence[Normalize] = ("standard",),
 ) -> list[LinearSetting]:

@@ -31,11 +31,13 @@ class LogisticSetting(NamedTuple):
     """One penalty.
 
     Attributes:
-        penalty: λ of mean cross-entropy + λ/2 ‖W‖². Scikit-learn's `C` is 1 / (λ N); with two
-            classes 2 / (λ N), because it then gives one of them no weights.
+        penalty: λ of cross-entropy + λ/2 ‖W‖².
+        of: Which cross-entropy: the "mean" over the N samples or their "sum", where λ is 1 over
+            scikit-learn's `C` (with two classes 2 / C: it then gives one of them no weights).
     """
 
     penalty: float
+    of: str = "mean"
 
 
 def logistic_grid() -> list[LogisticSetting]:
@@ -67,7 +69,7 @@ def fit_logistic(
     tol: float = 1e-4,
     max_iter: int = 1000,
 ) -> LogisticModels:
-    """Minimises mean cross-entropy + λ/2 ‖W‖² for each penalty λ; the bias is not penalised.
+    """Minimises cross-entropy + λ/2 ‖W‖² for each penalty λ; the bias is not penalised.
 
     Softmax over classes, also over two; for labels the sum of independent sigmoid cross-entropies.
     Features are standardised by the training mean and deviation. The bound on what is left is the
@@ -108,12 +110,17 @@ def fit_logistic(
         raise OptionError("there are no settings; take logistic_grid(), or [LogisticSetting(0.1)].")
     for s in settings:
         number(f"penalty in {s}", s.penalty, zero=False)
+        if s.of not in ("mean", "sum"):
+            raise OptionError(f"of is mean or sum, not {s.of!r}.")
     number("tol", tol, zero=False)
+    count = len(features)
     positive("max_iter", max_iter)
     with plainly(features.device):
         present, constant = _varying(targets)
         problem = _Problem(features, replace(targets, values=constant[0], outputs=len(present)))
-        penalties = problem.mean.new_tensor([s.penalty for s in settings])
+        penalties = problem.mean.new_tensor(
+            [s.penalty / (count if s.of == "sum" else 1) for s in settings]
+        )
         weight = problem.mean.new_zeros(len(settings), targets.outputs, features.shape[1])
         bias = constant[1].repeat(len(settings), 1)
         gaps = []

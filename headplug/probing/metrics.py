@@ -84,6 +84,6 @@ def _r2(predicted: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
 
 def _mean(values: Tensor, nothing: str) -> Tensor:
     """Over the first axis, of the finite ones."""
-    if torch.isnan(values).all():
+    if torch.isnan(values).all():  # of every resample too
         raise DataError(f"{nothing}, so there is nothing to measure; take other test samples.")
     return values.nanmean(0)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headplug.errors import RunError
-from headplug.probing.table import UNITS, title
+from headplug.errors import OptionError, RunError
+from headplug.probing.table import title
 
 if TYPE_CHECKING:
     from headplug.probing.report import LayerReport
+
+FORMATS = ("png", "svg", "pdf", "jpg", "webp")
 
 
 def drawn(report: LayerReport) -> Any:
@@ -35,6 +38,18 @@ def drawn(report: LayerReport) -> Any:
     return figure
 
 
+def format_of(path: Path) -> str:
+    """The format that a file's ending names.
+
+    Raises:
+        OptionError: There is no such format.
+    """
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in FORMATS:
+        raise OptionError(f"{path} must end in one of {', '.join(FORMATS)}.")
+    return kind
+
+
 def library(name: str) -> Any:
     """A package that only pictures and tables need.
 
@@ -55,6 +70,9 @@ def _by_depth(place: Any, report: LayerReport) -> None:
     for row in report.rows:
         name = f"{row['task']}: {title(row)}" if several else title(row)
         lines.setdefault(name, []).append(row)
+    place.set_prop_cycle(
+        color=library("matplotlib").colormaps["tab20" if len(lines) > 10 else "tab10"].colors
+    )
     for name, mine in lines.items():
         values = [100 * row[row["metric"]] for row in mine]
         below = [max(0.0, v - 100 * row["low"]) for v, row in zip(values, mine, strict=True)]
@@ -62,8 +80,8 @@ def _by_depth(place: Any, report: LayerReport) -> None:
         where = [taps.index(row["tap"]) for row in mine]
         place.errorbar(where, values, (below, above), marker="o", capsize=3, label=name)
     place.set_xticks(range(len(taps)), taps, rotation=30, ha="right")
-    metrics = dict.fromkeys(UNITS[row["metric"]] for row in report.rows)
-    place.set_ylabel(f"{' / '.join(metrics)}, 95% interval")
+    metrics = dict.fromkeys(row["metric"] for row in report.rows)
+    place.set_ylabel(f"{' / '.join(metrics)} in %, 95% interval")
     if any(name.endswith("*") for name in lines):
         place.set_title("* settings chosen on the test samples", fontsize="medium")
     place.legend(fontsize="x-small", ncols=2)
@@ -86,7 +104,8 @@ def _grids(report: LayerReport) -> dict[str, list[dict[str, Any]]]:
     for grid in report.grids:
         first = grid["task"] == report.grids[0]["task"] and grid["shots"] is None
         if first and len(grid["settings"]) > 1:
-            found.setdefault(grid["probe"], []).append(grid)
+            mark = "*" * (report.about.get("select_on") == "test")
+            found.setdefault(f"{grid['probe']}{mark}", []).append(grid)
     return found
 
 

@@ -10,6 +10,7 @@ import base64
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,23 +81,23 @@ class LayerReport:
         """What every probe finds more before the head than after it ("guillotine" gap).
 
         One dict a task, probe and shots: these, value, low, high (95%, paired bootstrap over test
-        samples), p (of no difference, for all of them together: Holm) and test. Empty without the
-        taps pre_projection and projection.
-
-        Raises:
-            DataError: The outcomes are not there.
+        samples), p (of no difference, for all of a task together: Holm) and test. Empty without the
+        taps pre_projection and projection; a saved report has those of classes.
         """
-        return self._differences(
-            [
+        found = []
+        for task in dict.fromkeys(row["task"] for row in self.rows):
+            pairs = [
                 (row, after)
                 for row in self.rows
                 for after in self.rows
                 if row["tap"] == BEFORE
                 and after["tap"] == AFTER
+                and row["task"] == task
                 and all(row[k] == after[k] for k in KEY[1:])
-            ],
-            self,
-        )
+            ]
+            with suppress(DataError):  # what was predicted is not there
+                found += self._differences(pairs, self)
+        return found
 
     def row(
         self, tap: str, probe: str, task: str | None = None, shots: int | None = None
@@ -123,6 +124,8 @@ class LayerReport:
         other: LayerReport | None = None,
     ) -> Difference:
         """What one row has over another on the same test samples.
+
+        Samples are told apart by their labels and ids.
 
         Args:
             ours: A row of this report.
@@ -187,13 +190,15 @@ class LayerReport:
             The path.
 
         Raises:
+            OptionError: There is no such format.
             RunError: matplotlib is missing, or the file cannot be written.
         """
-        from headplug.probing.plot import drawn
+        from headplug.probing.plot import drawn, format_of
 
         path = Path(path)
+        kind = format_of(path)
         with atomic(path) as partial:
-            drawn(self).savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=150)
+            drawn(self).savefig(partial, format=kind, dpi=150)
         return path
 
     def to_pandas(self) -> Any:
@@ -266,7 +271,8 @@ class LayerReport:
         ]
 
     def _outcome(self, row: Mapping[str, Any]) -> Tensor:
-        found = [o for r, o in zip(self.rows, self.outcomes, strict=False) if r is row]
+        places = [i for i, r in enumerate(self.rows) if _key(r) == _key(row)]
+        found = [self.outcomes[i] for i in places if i < len(self.outcomes)]
         if not found or not found[0].numel():
             raise DataError(
                 f"what the probe said of each test sample at {row['tap']!r} is not there: a saved "
@@ -278,7 +284,7 @@ class LayerReport:
         self, ours: Mapping[str, Any], theirs: Mapping[str, Any], other: LayerReport
     ) -> bool:
         one, two = (
-            (report.about.get("test_labels") or {}).get(row["task"])
+            (report.about.get("test_samples") or {}).get(row["task"])
             for report, row in ((self, ours), (other, theirs))
         )
         return bool(one == two and ours["n_test"] == theirs["n_test"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headplug.diagnostics import DEFINITIONS as DIAGNOSTICS
-from headplug.errors import DataError
 from headplug.probing.metrics import DEFINITIONS
 
 if TYPE_CHECKING:
@@ -21,21 +21,20 @@ ON_TEST = "the test samples themselves"
 def table(report: LayerReport) -> str:
     """Values with intervals by tap and probe, the ranks, and how all of it came about."""
     text = []
-    try:
-        gaps = report.gaps
-    except DataError:  # a saved report has no outcomes of numbers to predict
-        gaps = []
+    gaps = report.gaps
     tasks = list(dict.fromkeys(row["task"] for row in report.rows))
     for task in tasks:
         if len(tasks) > 1:
             text.append(f"{task}:")
         rows = [row for row in report.rows if row["task"] == task]
+        own = [gap for gap in gaps if gap["task"] == task]
         for few in (False, True):
             mine = [row for row in rows if (row["shots"] is not None) == few]
             if mine:
-                found = [gap for gap in gaps if gap["task"] == task]
-                text += [*aligned(_cells(mine, found, () if few else report.spectra)), ""]
-        text += _below(rows, report.best_by_task[task], gaps)
+                text += [*aligned(_cells(mine, own, () if few else report.spectra)), ""]
+        grids = [grid for grid in report.grids if grid["task"] == task and grid["shots"] is None]
+        best, draws = report.best_by_task[task], report.about.get("draws")
+        text += _below(rows, best, own, grids, draws)
     if report.about:
         text.append(
             f"Protocol: {report.about['protocol']} ({report.about['source']}); report.setting is "
@@ -108,21 +107,48 @@ def _points(gap: Mapping[str, Any]) -> str:
 
 
 def _below(
-    rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], gaps: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any],
+    gaps: Sequence[Mapping[str, Any]],
+    grids: Sequence[Mapping[str, Any]],
+    draws: int | None,
 ) -> list[str]:
     """What the numbers of a task are, and which is best."""
     bases = "; ".join(dict.fromkeys(row["selected_on"] for row in rows))
-    tests = ", ".join(dict.fromkeys(gap["test"] for gap in gaps))
-    lines = [
-        f"{UNITS[best['metric']]} on {best['n_test']} test samples, 95% interval over them.",
+    tests = " and ".join(dict.fromkeys(gap["test"] for gap in gaps))
+    lines = [f"{UNITS[best['metric']]} on {best['n_test']} test samples, 95% interval over them."]
+    if draws:
+        lines.append(f"Shots: mean over {draws} draws of training samples, interval over both.")
+    if any(row["selected_on"] == ON_TEST for row in rows):
+        lines.append("* Chosen on the test samples: higher than on new ones.")
+    if tests:
+        lines.append(
+            f"Differences: the same test samples on both sides; p by {tests}, for all {len(gaps)} "
+            "together (Holm)."
+        )
+    edges = [grid for grid in grids if _at_edge(grid)]
+    if edges:
+        named = ", ".join(f"{grid['probe']} at {grid['tap']}" for grid in edges[:6])
+        more = f" and {len(edges) - 6} more" if len(edges) > 6 else ""
+        lines.append(f"Chosen at the end of its grid, try a wider one: {named}{more}.")
+    lines += [
         f"Settings, and the best tap, chosen on: {bases}.",
         f"Best: {best['tap']}, {title(best)} {_spell(best['setting'])}: {percent(best)}.",
     ]
-    if tests:
-        lines.insert(1, f"Differences: the same test samples on both sides; p by {tests}.")
-    if any(row["selected_on"] == ON_TEST for row in rows):
-        lines.insert(1, "* Chosen on the test samples: higher than on new ones.")
     return lines
+
+
+def _at_edge(grid: Mapping[str, Any]) -> bool:
+    """Whether the chosen learning rate or penalty is the last of several, and others did worse."""
+    chosen, values = grid["settings"][grid["chosen"]], grid["values"]
+    for key in ("lr", "penalty"):
+        tried = sorted({s[key] for s in grid["settings"] if key in s})
+        if len(tried) > 2 and chosen[key] in (tried[0], tried[-1]):
+            inner = tried[1] if chosen[key] == tried[0] else tried[-2]
+            near = [v for v, s in zip(values, grid["settings"], strict=True) if s[key] == inner]
+            best = max((v for v in near if v is not None), default=-math.inf)
+            return bool(values[grid["chosen"]] > best)
+    return False
 
 
 def _spell(setting: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Task:
 def views(
     train: Features,
     test: Features,
-    tasks: Mapping[str, tuple[Tensor, Tensor]] | None,
+    tasks: Mapping[str, Any] | None,
     rule: ProbeProtocol,
     seed: int,
 ) -> tuple[View, View, list[Task]]:
@@ -101,11 +101,15 @@ def views(
     """
     if tasks is not None and not tasks:
         raise OptionError("tasks= names none; leave it out for the stores' own labels.")
-    given: Mapping[str, tuple[Tensor | None, Tensor | None]]
-    given = tasks or {STORES: (train.labels, test.labels)}
+    given: Mapping[str, Any] = tasks or {STORES: (train.labels, test.labels)}
+    for name, both in given.items():
+        if not isinstance(both, tuple | list) or len(both) != 2:
+            raise OptionError(
+                f"tasks[{name!r}] must be a pair: labels of the train and of the test samples."
+            )
     if not rule.resplit:
         known, asked = View("train", train), View("test", test)
-        return known, asked, [_task(n, *both, rule, seed) for n, both in given.items()]
+        return known, asked, [_task(n, a, b, rule, seed) for n, (a, b) in given.items()]
     count = len(_given("test", next(iter(given.values()))[1]))
     sizes = [int(part * count) for part in rule.resplit]
     sizes[0] += count - sum(sizes)
@@ -183,9 +187,7 @@ def few(task: Task, shots: int, draws: int, seed: int) -> list[Tensor]:
     return found
 
 
-def _task(
-    name: str, train: Tensor | None, test: Tensor | None, rule: ProbeProtocol, seed: int
-) -> Task:
+def _task(name: str, train: Any, test: Any, rule: ProbeProtocol, seed: int) -> Task:
     where = "" if name == STORES else f"task {name!r}: "
     labels = [_given(f"{where}the {what}", y) for what, y in (("train", train), ("test", test))]
     known, asked = (as_targets(y - y.min() if _is_classes(y) else y, len(y)) for y in labels)
@@ -194,36 +196,62 @@ def _task(
             f"{where}the train labels are {known.kind} {tuple(labels[0].shape)} and the test "
             f"labels {asked.kind} {tuple(labels[1].shape)}; give both in the same form."
         )
-    values = None
-    if known.kind == "classes":
-        values, index = labels[0].unique(return_inverse=True)
-        if len(values) == 1:
-            raise DataError(
-                f"{where}all training samples are of class {int(values[0])}; a probe needs two or "
-                "more."
-            )
-        unseen = sorted(set(labels[1].tolist()) - set(values.tolist()))
-        if unseen:
-            raise DataError(
-                f"{where}test samples are of {len(unseen)} classes that train lacks, e.g. "
-                f"{unseen[:5]}; add such samples to train or leave them out of test."
-            )
-        known = Targets("classes", index, len(values))
-        asked = Targets("classes", torch.searchsorted(values, labels[1]), len(values))
     basis = f"{rule.held_out:.0%} of train, held out"
     if known.kind == "classes":
-        fit, held = stratified_split(known.values, rule.held_out, seed)
-        if bool((known.values.bincount() == 1).any()):
-            basis += " (classes of one sample are not)"
-    else:
-        fit, held = stratified_split(torch.zeros(len(known)).long(), rule.held_out, seed)
+        return _classes(name, where, labels, basis, rule, seed)
+    fit, held = stratified_split(torch.zeros(len(known)).long(), rule.held_out, seed)
+    if known.kind == "regression":  # in units of train, which changes no R²
+        mean, std = known.values.double().mean(0), known.values.double().std(0, correction=0)
+        std = std.masked_fill(std == 0, 1)
+        known, asked = (replace(t, values=(t.values.double() - mean) / std) for t in (known, asked))
+    for what, part in (("held-out", known[held]), ("test", asked)):
+        values = part.values.double()
+        if float(values.max() - values.min() if known.kind == "regression" else values.max()) == 0:
+            nothing = (
+                "no label occurs" if known.kind == "multilabel" else "all numbers are the same"
+            )
+            raise DataError(
+                f"{where}{nothing} in the {len(part)} {what} samples, so nothing can be measured "
+                "there; take more of them (held_out=), or another seed."
+            )
+    return Task(name, known, asked, fit, held, basis, None)
+
+
+def _classes(
+    name: str, where: str, labels: Sequence[Tensor], basis: str, rule: ProbeProtocol, seed: int
+) -> Task:
+    """Classes by any integers, as indices of those in train."""
+    values, index = labels[0].unique(return_inverse=True)
+    if len(values) == 1:
+        raise DataError(
+            f"{where}all training samples are of class {int(values[0])}; a probe needs two or more."
+        )
+    unseen = sorted(set(labels[1].tolist()) - set(values.tolist()))
+    if unseen:
+        raise DataError(
+            f"{where}test samples are of {len(unseen)} classes that train lacks, e.g. "
+            f"{unseen[:5]}; add such samples to train or leave them out of test."
+        )
+    known = Targets("classes", index, len(values))
+    asked = Targets("classes", torch.searchsorted(values, labels[1]), len(values))
+    fit, held = stratified_split(index, rule.held_out, seed)
+    if bool((index.bincount() == 1).any()):
+        basis += " (classes of one sample are not)"
     return Task(name, known, asked, fit, held, basis, values)
 
 
-def _given(what: str, labels: Tensor | None) -> Tensor:
+def _given(what: str, labels: Any) -> Tensor:
+    """Labels on the CPU; bools `(N,)` are two classes."""
     if labels is None:
         raise DataError(f"{what} features have no labels, which probes need; give labels=...")
-    return torch.as_tensor(labels).detach().cpu()
+    try:
+        found = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(
+            f"{what} labels are no numbers; map them to integers, e.g. by their place in the "
+            "sorted list of names."
+        ) from None
+    return found.long() if found.dtype == torch.bool and found.ndim == 1 else found
 
 
 def _is_classes(labels: Tensor) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -26,20 +26,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode without autograd; buffers and random state are put back afterwards."""
-    state = [
-        (module._buffers, name, buffer, buffer.clone())
+    """Eval mode without autograd; afterwards random state and what a forward may write is as it was.
+
+    That is buffers and frozen parameters; what modules keep in plain attributes is not put back.
+    """
+    held: list[tuple[Any, str, Tensor]] = [
+        (tensors, name, tensor)
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for tensors in (module._buffers, module._parameters)
+        for name, tensor in tensors.items()
+        if tensor is not None and (tensors is module._buffers or _frozen(tensor))
     ]
+    values = {id(tensor): tensor.detach().clone() for *_, tensor in held}
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(list(devices)):
         try:
             yield
         finally:
-            for buffers, name, buffer, value in state:
-                buffers[name] = buffer if torch.equal(buffer, value) else buffer.copy_(value)
+            for tensors, name, tensor in held:
+                value = values[id(tensor)]
+                tensors[name] = tensor if torch.equal(tensor, value) else tensor.copy_(value)
+
+
+def _frozen(parameter: Tensor) -> bool:
+    """Whether it is no optimiser's, and holds its numbers itself: no shard, no quantised weight."""
+    return not parameter.requires_grad and type(parameter.data) is Tensor
 
 
 class _Eagerly:

@@ -224,6 +224,59 @@ def test_the_caller_is_told_what_cannot_be(pair, store):
         probe_layers(*pair, tasks={})
 
 
+def test_labels_may_be_bools_and_mistakes_in_them_are_named(pair, store):
+    train, test = pair
+    odd = [store(dict(s), s.labels % 2 == 1) for s in pair]
+    as_numbers = [store(dict(s), s.labels % 2) for s in pair]
+    assert probe_layers(*odd, "knn").rows == probe_layers(*as_numbers, "knn").rows
+    assert probe_layers(*pair, "knn", shots=2).rows[1]["shots"] == 2
+    with pytest.raises(OptionError, match="must be a pair"):
+        probe_layers(*pair, tasks={"n": train.labels})
+    with pytest.raises(DataError, match="map them to integers"):
+        probe_layers(*pair, tasks={"n": (["a"] * 900, ["b"] * 600)})
+    with pytest.raises(OptionError, match="seed must be a whole number"):
+        probe_layers(*pair, seed="a")
+    rare = torch.zeros(900, 1).long()
+    with pytest.raises(DataError, match="no label occurs in the 180 held-out samples"):
+        probe_layers(*pair, tasks={"rare": (rare, rare[:600])})
+    report = probe_layers(*pair, "knn")
+    with pytest.raises(OptionError, match="must end in one of png"):
+        report.plot("layers.foo")
+    assert report.paired(dict(report.rows[0]), report.rows[0]).value == 0
+
+
+def test_numbers_far_from_zero_are_predicted_as_well_as_near_it(pair):
+    near = [s["pre_projection"].sum(1) for s in pair]
+    far = [1e6 + n.double() for n in near]
+    reports = [
+        probe_layers(*pair, ("linear", "ridge", "mlp"), tasks={"ink": tuple(y)})
+        for y in (near, far)
+    ]
+    for one, two in zip(*(r.rows for r in reports), strict=True):
+        assert two["r2"] == pytest.approx(one["r2"], abs=0.01)
+    assert reports[0].row("pre_projection", "ridge")["r2"] > 0.99
+
+
+def test_a_saved_report_keeps_the_gaps_of_classes(pair, tmp_path):
+    sizes = tuple(s["pre_projection"].sum(1) for s in pair)
+    tasks = {"digit": tuple(s.labels for s in pair), "ink": sizes}
+    report = probe_layers(*pair, "ridge", tasks=tasks)
+    saved = LayerReport.load(report.save(tmp_path / "r.json"))
+    assert {gap["task"] for gap in report.gaps} == {"digit", "ink"}
+    assert saved.gaps == [gap for gap in report.gaps if gap["task"] == "digit"]
+    with pytest.raises(DataError, match="for classes only"):
+        saved.paired(
+            saved.row("projection", "ridge", "ink"), saved.row("projection", "ridge", "ink")
+        )
+
+
+def test_a_choice_at_the_end_of_a_grid_is_pointed_out(pair):
+    low = [RidgeSetting(p) for p in (1.0, 10.0, 100.0)]
+    assert "try a wider one: ridge at" in probe_layers(*pair, {"ridge": low}).table()
+    wide = [RidgeSetting(p) for p in (1e-9, 1e-3, 1e-1, 1e9)]
+    assert "try a wider one" not in probe_layers(*pair, {"ridge": wide}).table()
+
+
 SHARED = """
 import sys, torch, torch.distributed as dist
 from headplug import FeatureStore, probe_layers
@@ -236,6 +289,11 @@ alone = probe_layers(store, store, ("knn", "ridge"), device="cpu")
 both = probe_layers(store, store, ("knn", "ridge"), device="cpu", distributed=True)
 assert both.rows == alone.rows and both.spectra == alone.spectra and both.grids == alone.grids
 assert all(map(torch.equal, both.outcomes, alone.outcomes))
+try:
+    rolled = labels.roll(int(sys.argv[2]))
+    probe_layers(store, store, tasks={"n": (rolled, labels)}, distributed=True)
+except Exception as error:
+    print(error)
 if sys.argv[2] == "1":
     taps["t1"][0, 0] = torch.nan
 try:
@@ -262,3 +320,4 @@ def test_processes_share_the_taps_and_end_together(tmp_path):
     assert [run.returncode for run in runs] == [0, 0], found
     assert "process 1 of 2 failed: DataError" in found[0][0] or "RunError" in found[0][0]
     assert "tap 't1' of train" in found[1][0]
+    assert all("were given different labels" in out for out, _ in found)
