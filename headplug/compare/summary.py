@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from headplug.probing import LayerReport
+from headplug.probing.hits import unpacked
 from headplug.probing.intervals import bootstrap, wilson_interval
-from headplug.probing.report import unpacked
 
 METHOD = "paired bootstrap over test images and seeds"
 Hits = Mapping[tuple[str, int], Mapping[tuple[str, str], np.ndarray]]

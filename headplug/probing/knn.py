@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -20,10 +20,9 @@ from torch import Tensor
 from headplug.errors import DataError, OptionError, unknown
 from headplug.heads.base import positive
 from headplug.probing.data import Targets, as_targets, check_features
-from headplug.probing.neighbours import CELLS, ROWS, Bank, Part
+from headplug.probing.neighbours import CELLS, DISTANCES, ROWS, Bank, Part
 from headplug.ranks import Team
 
-DISTANCES = ("cosine", "euclidean")
 CPU = torch.device("cpu")
 VOTES = ("equal", "exp", "inverse")
 
@@ -65,11 +64,18 @@ def knn_grid(
 ) -> list[KNNSetting]:
     """Every k with every distance and vote rule, and "exp" with every temperature.
 
+    Raises:
+        OptionError: No distance or vote rule has that name.
+
     >>> len(knn_grid())
     48
     >>> knn_grid([20], [0.07], votes=["exp"])
     [KNNSetting(k=20, distance='cosine', votes='exp', temperature=0.07)]
     """
+    for distance in distances:
+        _named("distance", distance, DISTANCES)
+    for rule in votes:
+        _named("vote rule", rule, VOTES)
     rules = [("cosine", "exp", t) for t in temperatures] + [
         (distance, rule, None) for distance in DISTANCES for rule in ("equal", "inverse")
     ]
@@ -86,7 +92,7 @@ def knn_predict(
     bank: Tensor,
     labels: Tensor | Targets,
     queries: Tensor,
-    settings: Sequence[KNNSetting],
+    settings: Iterable[KNNSetting],
     *,
     num_classes: int | None = None,
     group: Any = None,
@@ -97,8 +103,8 @@ def knn_predict(
     equal votes the lowest index wins, as in scikit-learn; of samples whose distances come out the
     same to the last bit the lower index is the nearer one.
 
-    With `group` every process calls this with its own part of the bank and its own queries; either
-    may be empty on some, of shape `(0, D)`. Each process gets what one process with the whole bank
+    With `group` every process calls this with its own part of the bank and its own queries; the bank
+    may be empty on some, of shape `(0, D)`, as queries may always be. Each process gets what one process with the whole bank
     would give for its queries, up to the rounding of float32. No process holds more than a piece of
     the others' features. Bad input on one ends with an error on all.
 
@@ -119,7 +125,7 @@ def knn_predict(
     Raises:
         DimensionError: Bank and queries differ in width.
         DataError: Features or labels cannot be used.
-        OptionError: A setting has an impossible value.
+        OptionError: A setting has an impossible value, or there is none.
         RunError: Another process of the group failed.
 
     >>> bank, labels = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), torch.tensor([0, 0, 1])
@@ -128,16 +134,25 @@ def knn_predict(
     tensor([[1],
             [1]])
     """
-    team = Team(group)
+    team, settings = Team(group), list(settings)
 
     def own() -> _Own:
+        for name, given in (("bank", bank), ("queries", queries), ("labels", labels)):
+            if not isinstance(given, Tensor | Targets):
+                raise DataError(
+                    f"the {name} must be a tensor, not {type(given).__name__}; see torch.as_tensor."
+                )
         for features in (bank, queries):
-            if not group or features.shape[:1] != (0,):
+            if features.is_complex():
+                raise DataError(f"features must be real numbers, not {features.dtype}.")
+            if features.shape[:1] != (0,):
                 check_features(features)
+        if not settings:
+            raise OptionError("there is no setting to predict with; see knn_grid().")
         for setting in settings:
             _check(setting)
         targets = as_targets(labels, len(bank), num_classes).to(CPU) if len(bank) else None
-        return _Own(Part.of(bank, queries), targets, list(settings))
+        return _Own(Part.of(bank, queries), targets, settings)
 
     found = team.each(own)
     if any(o.settings != found[0].settings for o in found):
@@ -161,6 +176,7 @@ def knn_predict(
         run = max(ROWS, CELLS // max(largest, targets.outputs))
         for rows, far, index in whole.nearest(queries, largest, distance, run):
             said = targets.values[index] if values is None else index
+            far = far.double() if values is None else far  # the last digits may decide
             for (votes, temperature), same in groupby(mine, _rule):
                 order, ks = zip(*((i, s.k) for i, s in same), strict=True)
                 weights = _weights(far, votes, temperature)
@@ -232,10 +248,8 @@ def _joined(found: list[Targets]) -> Targets:
 
 def _check(setting: KNNSetting) -> None:
     positive("k", setting.k)
-    if setting.distance not in DISTANCES:
-        raise OptionError(str(unknown("distance", setting.distance, DISTANCES)))
-    if setting.votes not in VOTES:
-        raise OptionError(str(unknown("vote rule", setting.votes, VOTES)))
+    _named("distance", setting.distance, DISTANCES)
+    _named("vote rule", setting.votes, VOTES)
     t = setting.temperature
     if setting.votes == "equal" and t is not None:
         raise OptionError(
@@ -254,6 +268,11 @@ def _check(setting: KNNSetting) -> None:
             f"the temperature of inverse votes is added to distances and must be 0 or more, not "
             f"{t!r}."
         )
+
+
+def _named(kind: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise OptionError(str(unknown(kind, str(name), known)))
 
 
 def _clamped(settings: Sequence[KNNSetting], size: int) -> list[KNNSetting]:

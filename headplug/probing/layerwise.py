@@ -8,7 +8,6 @@ caller's random state, grad mode, default type and device stay as they are.
 
 from __future__ import annotations
 
-import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +20,12 @@ from torch import Tensor
 from headplug.device import pick_device
 from headplug.diagnostics import describe, weight_profile
 from headplug.errors import DataError, OptionError, unknown
-from headplug.probing.intervals import bootstrap, bootstrap_scores, quantiles, wilson_interval
-from headplug.probing.metrics import METRICS, score
-from headplug.probing.probes import PROBES, Predict, Probe, probes_of
+from headplug.probing.probes import PROBES, probes_of
 from headplug.probing.protocols import PROTOCOLS, SELECT_ON, ProbeProtocol
 from headplug.probing.report import LayerReport
-from headplug.probing.table import AFTER, BEFORE, ON_TEST
+from headplug.probing.table import AFTER, BEFORE
 from headplug.probing.tasks import Features, Task, View, check_taps, few, views
+from headplug.probing.trial import Outcome, Trial
 from headplug.progress import progress
 from headplug.ranks import team
 
@@ -138,12 +136,6 @@ def probe_layers(
     )
 
 
-class _Outcome(NamedTuple):
-    row: dict[str, Any]
-    grid: dict[str, Any]
-    result: Tensor  # hits (R, M), or predictions (M, K)
-
-
 class _Work(NamedTuple):
     """All that is to be done, checked."""
 
@@ -167,7 +159,7 @@ class _Work(NamedTuple):
             return {}
         return weight_profile(*(self.known[tap].to(self.place) for tap in (BEFORE, AFTER)))
 
-    def at(self, tap: str, advance: Callable[..., None]) -> tuple[dict[str, Any], list[_Outcome]]:
+    def at(self, tap: str, advance: Callable[..., None]) -> tuple[dict[str, Any], list[Outcome]]:
         """What the features of a tap are like, and what every probe makes of them."""
         x, queries = self.known[tap].to(self.place), self.queries[tap].to(self.place)
         about = {"tap": tap, **describe(x, tap)}
@@ -179,7 +171,7 @@ class _Work(NamedTuple):
         with torch.autocast(self.place.type, enabled=False):
             for name, probe in self.rule.probes.items():
                 for task in self.tasks:
-                    run = _Run(tap, name, probe, task, self.rule, self.seed, x, queries)
+                    run = Trial(tap, name, probe, task, self.rule, self.seed, x, queries)
                     found.append(run.whole())
                     found += [run.few(n, rows) for n, rows in self.drawn[task.name].items()]
                 advance(tap)
@@ -226,97 +218,3 @@ def _check_sum(values: Tensor, ids: Any = None) -> int:
     """Tells samples apart by their labels, and by their ids where there are some."""
     named = ids.tolist() if isinstance(ids, Tensor) else ids
     return zlib.crc32(repr(named).encode(), zlib.crc32(values.cpu().contiguous().numpy().tobytes()))
-
-
-class _Run(NamedTuple):
-    """A probe at a tap, for a task."""
-
-    tap: str
-    name: str
-    probe: Probe
-    task: Task
-    rule: ProbeProtocol
-    seed: int
-    features: Tensor
-    queries: Tensor
-
-    def whole(self) -> _Outcome:
-        """With all training samples."""
-        task, x = self.task, self.features
-        probe, basis = self.probe.up_to(len(task.fit)), task.basis
-        parted = self.rule.resplit is not None or probe.training.keep_best  # fit and held, apart
-        on_test = self.rule.select_on == "test"
-        rows = task.fit if parted or not on_test else torch.arange(len(x), device=x.device)
-        predict = self._fit(probe, x[rows], task.train[rows])
-        if on_test:
-            predicted, basis = predict(self.queries), ON_TEST
-            values = score(predicted, task.test)
-        else:
-            values = self._held(predict)
-        chosen = int(values.argmax())
-        if not on_test:
-            if not parted:
-                predict = self._fit(probe.only(chosen), x, task.train)
-            predicted = predict(self.queries)
-        result = predicted[chosen if len(predicted) > 1 else 0]
-        if task.test.kind == "classes":
-            result = (result == task.test.values)[None]
-        return self._outcome(probe, values, chosen, result, basis)
-
-    def few(self, shots: int, rows: Sequence[Tensor]) -> _Outcome:
-        """With a few training samples of each class, drawn several times."""
-        task, probe = self.task, self.probe.up_to(len(rows[0]))
-        values, hits = [], []
-        for of_draw in rows:
-            predict = self._fit(probe, self.features[of_draw], task.train[of_draw])
-            predicted = predict(self.queries)
-            hits.append(predicted == task.test.values)
-            on_test = self.rule.select_on == "test"
-            values.append(score(predicted, task.test) if on_test else self._held(predict))
-        mean = torch.stack(values).mean(0)
-        chosen = int(mean.argmax())
-        basis = ON_TEST if on_test else task.basis
-        return self._outcome(probe, mean, chosen, torch.stack(hits)[:, chosen], basis, shots)
-
-    def _fit(self, probe: Probe, features: Tensor, targets: Any) -> Predict:
-        held = self.features[self.task.held], self.task.train[self.task.held]
-        return probe.fit(features, targets, seed=self.seed, validation=held)
-
-    def _held(self, predict: Predict) -> Tensor:
-        held = self.task.held
-        return score(predict(self.features[held]), self.task.train[held])
-
-    def _outcome(
-        self,
-        probe: Probe,
-        values: Tensor,
-        chosen: int,
-        result: Tensor,
-        basis: str,
-        shots: int | None = None,
-    ) -> _Outcome:
-        test, metric = self.task.test, METRICS[self.task.test.kind]
-        result = result.cpu()
-        if test.kind != "classes":
-            value = float(score(result[None], test.to(result.device))[0])
-            low, high = quantiles(bootstrap_scores(result[None], test.to(result.device))[0])
-        else:
-            value = float(result.double().mean())
-            alone = len(result) == 1
-            low, high = wilson_interval(value, len(test)) if alone else bootstrap(result)
-        which = {"tap": self.tap, "task": self.task.name, "probe": self.name, "shots": shots}
-        settings = [s._asdict() for s in probe.settings]
-        row = {
-            **which,
-            "setting": settings[chosen],
-            "metric": metric,
-            metric: value,
-            "low": low,
-            "high": high,
-            f"val_{metric}": float(values[chosen]),
-            "selected_on": basis,
-            "n_test": len(test),
-        }
-        grid = {**which, "settings": settings, "chosen": chosen}
-        grid["values"] = [v if math.isfinite(v) else None for v in values.tolist()]
-        return _Outcome(row, grid, result)

@@ -2,7 +2,9 @@
 
 Memory stays bounded whatever the size of bank and queries: blocks thick enough to keep the matrix
 product fast meet the bank piece by piece, and there is no second copy of the bank. Near duplicates,
-half precision and features of any size keep their distances. CPU and GPU run the same code.
+tight clusters, features that have collapsed, half precision and features of any size keep their
+neighbours and distances: all is done relative to the middle of the bank, and again in float64 where
+float32 cannot tell the samples apart. CPU and GPU run the same code.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headplug.errors import DataError, DimensionError
+from headplug.probing.data import chunks
 
+DISTANCES = ("cosine", "euclidean")
 ROWS = 256  # queries a block at least; thinner blocks cost up to 1.5 times as much
 CELLS = 2**22  # distances held at a time: 16 MiB
 PIECE = CELLS // ROWS  # bank samples at a time, at most
 VALUES = 2**23  # of their features: 32 MiB
 CLOSE = 2.0**-10  # of a squared length; a product loses the digits of smaller squared distances
+SAME = 2.0**-48  # of a squared length; float32 features hold no smaller squared distances
 
 
 class Part(NamedTuple):
@@ -33,25 +38,26 @@ class Part(NamedTuple):
         queries: Number of queries.
         widths: Features a sample.
         peak: Largest absolute value.
-        middle: About the mean of the bank `(D,)`, or None without samples.
+        middles: About the middle of the bank for each distance, or nothing without samples.
     """
 
     size: int
     queries: int
     widths: set[int]
     peak: float
-    middle: Tensor | None
+    middles: dict[str, Tensor]
 
     @classmethod
     def of(cls, bank: Tensor, queries: Tensor) -> Part:
         """Of features `(N, D)` and `(M, D)`, of which there may be none."""
         some = [x for x in (bank, queries) if len(x)]
+        few = bank[:: len(bank) // 256 + 1].double()
         return cls(
             size=len(bank),
             queries=len(queries),
             widths={x.shape[1] for x in some},
             peak=max((abs(float(end)) for x in some for end in x.aminmax()), default=0.0),
-            middle=bank[:: len(bank) // 1024 + 1].double().mean(0).cpu() if len(bank) else None,
+            middles={d: _vectors(few, d).median(0).values.cpu() for d in DISTANCES if len(few)},
         )
 
 
@@ -74,7 +80,7 @@ class Bank:
     def __init__(self, own: Tensor, parts: Sequence[Part], group: Any = None) -> None:
         self.size = sum(p.size for p in parts)
         if not self.size:
-            raise DataError("no process has a sample in its bank; give some to one at least.")
+            raise DataError("the bank has no samples, on any process; give it one at least.")
         widths = sorted({width for p in parts for width in p.widths})
         if len(widths) > 1:
             raise DimensionError(
@@ -86,8 +92,11 @@ class Bank:
         self._step = min(PIECE, self._run)
         # a power of two is exact
         self._factor = 2.0 ** min(126, -math.frexp(max(p.peak for p in parts))[1])
-        middles = [p.middle * (p.size / self.size) for p in parts if p.middle is not None]
-        self._middle = torch.stack(middles).sum(0) * self._factor
+        shares = torch.tensor([p.size / self.size for p in parts if p.size]).double()
+        self._middles = {
+            d: shares @ torch.stack([p.middles[d] for p in parts if p.size]) for d in DISTANCES
+        }
+        self._middles["euclidean"] *= self._factor
 
     def nearest(
         self, queries: Tensor, k: int, distance: str, rows: int
@@ -109,18 +118,18 @@ class Bank:
         thick = max(ROWS, CELLS // min(self.size, self._step))
         for start in range(0, max(p.queries for p in self._parts), rows):
             mine = queries[start : start + rows]
-            blocks = [self._placed(b, distance, queries) for b in mine.split(thick) if len(b)]
+            blocks = [self._placed(b, distance, queries, 1) for b in mine.split(thick) if len(b)]
             found = [(b.new_empty(len(b), 0), b.new_empty(len(b), 0).long()) for b in blocks]
             for first, piece in self._pieces(distance, queries):
                 for i, block in enumerate(blocks):
-                    gap, index = _smallest(block, piece, k, distance)
+                    gap, index = _smallest(block, piece, k)
                     gap = torch.cat([found[i][0], gap], 1)
                     index = torch.cat([found[i][1], index + first], 1)
                     gap, order = gap.sort(dim=1, stable=True)
                     found[i] = gap[:, :k], index.gather(1, order[:, :k])
             if blocks:
                 gap, index = (torch.cat(x) for x in zip(*found, strict=True))
-                far = gap if distance == "cosine" else gap.sqrt_().div_(self._factor)
+                far = gap / 2 if distance == "cosine" else gap.sqrt_().div_(self._factor)
                 yield slice(start, start + len(mine)), far, index
 
     def _pieces(self, distance: str, like: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -132,59 +141,91 @@ class Bank:
                 if rank == me:
                     piece = self._placed(self._own[first : first + count], distance, like)
                 else:
-                    piece = like.new_empty(count, self._width, dtype=torch.float32)
+                    width = len(self._middles[distance])
+                    piece = like.new_empty(count, width, dtype=torch.float32)
                 if self._group:
                     dist.broadcast(piece, group_src=rank, group=self._group)
                 yield before + first, piece
             before += part.size
 
-    def _placed(self, features: Tensor, distance: str, like: Tensor) -> Tensor:
-        """In float32, with a length near 1, so that no square leaves its range."""
-        wide = features.to(like.device, torch.promote_types(features.dtype, torch.float32))
-        if distance == "cosine":
-            largest = torch.linalg.vector_norm(wide, torch.inf, dim=1, keepdim=True)
-            placed = (wide / largest.clamp_min_(torch.finfo(wide.dtype).tiny)).float()
-            return F.normalize(placed, dim=1, out=placed)
+    def _placed(self, features: Tensor, distance: str, like: Tensor, side: int = 0) -> Tensor:
+        """Vectors in float32, with a length of at most about 1, so that no square overflows."""
+        middle = self._middles[distance].to(like.device)
         # distances from another origin are the same, but lose fewer digits
-        return (wide * self._factor).float().sub_(self._middle.to(like.device, torch.float32))
+        return torch.cat(
+            [
+                (
+                    _vectors(x.to(like.device, torch.double) * self._factor, distance, side)
+                    - middle
+                ).float()
+                for x in chunks(features)
+            ]
+        )
 
 
-def _smallest(queries: Tensor, piece: Tensor, k: int, distance: str) -> tuple[Tensor, Tensor]:
-    """The `k` smallest gaps of each query and their indices, in order of index.
+def _vectors(features: Tensor, distance: str, side: int = 0) -> Tensor:
+    """What is apart by the distance, or for the cosine by the root of twice one minus it.
 
-    A gap is one minus the cosine, or the squared Euclidean distance. One more than `k` is returned
-    where there is one.
+    That is the features, or unit vectors in two more dimensions, in which a row of zeros points: of
+    a bank (side 0) in one, of queries (side 1) in the other. So it is at right angles to all.
     """
-    cosine = distance == "cosine"
-    offset = piece.new_ones(1) if cosine else _squared(piece)
-    length = queries.new_ones(1, 1) if cosine else _squared(queries)[:, None]
-    with torch.autocast(queries.device.type, enabled=False):
-        gaps = torch.addmm(offset, queries, piece.T, alpha=-1.0 if cosine else -2.0)
-    wanted = min(k + 1, len(piece))
-    gap, index = _topk(gaps, wanted)
-    # where the last place is shared, the lowest indices take it
-    last = gap.amax(1, keepdim=True)
-    tied = (gap == last).sum(1) > 1
-    if len(piece) > k and tied.any():
-        some, last = gaps[tied], last[tied]
-        rank = torch.arange(len(piece), device=gaps.device, dtype=torch.float32)
-        rank = rank.where(some == last, torch.inf).masked_fill_(some < last, -1)
-        index[tied] = _topk(rank, wanted)[1]
-        gap[tied] = some.gather(1, index[tied])
-    if not cosine:
-        gap += length
+    if distance == "euclidean":
+        return features
+    length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    aside = F.one_hot(torch.tensor([side]), 2).to(length)
+    return torch.cat([features * length.clamp_min(1e-150).reciprocal(), (length == 0) * aside], 1)
+
+
+def _smallest(queries: Tensor, piece: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` smallest squared distances of each query and their indices, in order of index.
+
+    One more than `k` is returned where there is one.
+    """
+    length = _squared(queries)
+    gap, index = _lowest(_gaps(queries, piece), k)
+    gap += length[:, None]
+    tight = gap.amax(1) < CLOSE * length
+    if tight.any():
+        some, most = queries[tight].double(), length[tight, None]
+        again = _gaps(some, piece.double()) + _squared(some)[:, None]
+        gap[tight], index[tight] = _lowest(again.float().clamp_(min=SAME * most), k)
     # a difference keeps the digits that the product lost
-    for pairs in (gap < CLOSE * length).nonzero().split(max(1, CELLS // 8 // piece.shape[1])):
+    close = gap < CLOSE * length[:, None]
+    for pairs in close.nonzero().split(max(1, CELLS // 8 // piece.shape[1])):
         row, column = pairs.unbind(1)
-        apart = _squared(queries[row] - piece[index[row, column]])
-        gap[row, column] = apart / 2 if cosine else apart
+        gap[row, column] = _squared(queries[row] - piece[index[row, column]])
     index, order = index.sort(dim=1)
     return gap.gather(1, order), index
+
+
+def _gaps(queries: Tensor, piece: Tensor) -> Tensor:
+    """Squared distances less the squared lengths of the queries."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return torch.addmm(_squared(piece), queries, piece.T, alpha=-2)
 
 
 def _squared(rows: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return length.square_()
+
+
+def _lowest(gaps: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` smallest of each row, one more where there is one, and their columns.
+
+    Where the last place is shared, the lowest columns take it.
+    """
+    count = gaps.shape[1]
+    wanted = min(k + 1, count)
+    gap, index = _topk(gaps, wanted)
+    last = gap.amax(1, keepdim=True)
+    tied = (gap == last).sum(1) > 1
+    if count > k and tied.any():
+        some, last = gaps[tied], last[tied]
+        rank = torch.arange(count, device=gaps.device, dtype=torch.float32)
+        rank = rank.where(some == last, torch.inf).masked_fill_(some < last, -1)
+        index[tied] = _topk(rank, wanted)[1]
+        gap[tied] = some.gather(1, index[tied])
+    return gap, index
 
 
 def _topk(gaps: Tensor, k: int) -> tuple[Tensor, Tensor]:

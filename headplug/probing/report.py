@@ -6,16 +6,13 @@ them as they are.
 
 from __future__ import annotations
 
-import base64
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +21,7 @@ from headplug.errors import DataError, UnknownNameError
 from headplug.files import atomic, write_json
 from headplug.probing import metrics
 from headplug.probing.data import Targets
+from headplug.probing.hits import packed, unpacked
 from headplug.probing.intervals import Difference, holm, paired_hits, paired_scores
 from headplug.probing.protocols import spelled
 from headplug.probing.table import AFTER, BEFORE, percent, table, title
@@ -221,7 +219,7 @@ class LayerReport:
             "grids": self.grids,
             "profile": self.profile,
             "about": self.about,
-            "hits": [_packed(o) if o.dtype == torch.bool else None for o in self.outcomes],
+            "hits": [packed(o) if o.dtype == torch.bool else None for o in self.outcomes],
             "definitions": {**metrics.DEFINITIONS, **diagnostics.DEFINITIONS},
         }
 
@@ -296,17 +294,3 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _chosen_by(row: Mapping[str, Any]) -> float:
     return float(row[f"val_{row['metric']}"])
-
-
-def _packed(hits: Tensor) -> dict[str, Any]:
-    bits = np.packbits(hits.numpy()).tobytes()
-    return {"shape": list(hits.shape), "bits": base64.b64encode(zlib.compress(bits)).decode()}
-
-
-def unpacked(packed: Mapping[str, Any] | None) -> Tensor:
-    """Hits `(R, M)` as `LayerReport.content` has them; empty where there were none."""
-    if packed is None:
-        return torch.empty(0)
-    count = int(np.prod(packed["shape"]))
-    bits = np.frombuffer(zlib.decompress(base64.b64decode(packed["bits"])), dtype=np.uint8)
-    return torch.from_numpy(np.unpackbits(bits, count=count).astype(bool)).view(packed["shape"])

@@ -162,7 +162,7 @@ def change(small, store, which, **new):
 
 
 def test_unusable_input_is_refused_before_any_probe_runs(small, store, monkeypatch):
-    monkeypatch.setattr(layerwise, "_Run", None)
+    monkeypatch.setattr(layerwise, "Trial", None)
     train, test = small
     nan = torch.full((80, 2), torch.nan)
     cases = [

@@ -38,7 +38,7 @@ def test_neighbours_and_distances_equal_float64(data, distance, k):
     far, index = nearest(bank, queries, k, distance)
     expected = exact(bank, queries, distance)
     lowest, order = expected.sort(dim=1, stable=True)
-    assert (index == order[:, :k]).float().mean() > 0.9999  # float32 takes a few for equal
+    assert (index == order[:, :k]).float().mean() > 0.9998  # float32 takes a few for equal
     torch.testing.assert_close(far.double(), lowest[:, :k], rtol=1e-4, atol=1e-6)
 
 
