@@ -26,16 +26,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode without autograd; afterwards random state and what a forward may write is as it was.
+    """Eval mode without autograd; buffers, frozen parameters and random state are put back.
 
-    That is buffers and frozen parameters; what modules keep in plain attributes is not put back.
+    What a forward keeps in plain attributes of modules stays.
     """
     held: list[tuple[Any, str, Tensor]] = [
         (tensors, name, tensor)
         for module in model.modules()
         for tensors in (module._buffers, module._parameters)
         for name, tensor in tensors.items()
-        if tensor is not None and (tensors is module._buffers or _frozen(tensor))
+        if tensor is not None and not tensor.is_meta
+        if tensors is module._buffers or _frozen(tensor)
     ]
     values = {id(tensor): tensor.detach().clone() for *_, tensor in held}
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}

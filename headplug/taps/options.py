@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ def requested(asked: Any, default: Tap) -> dict[str, Tap]:
     for name, one in _flat(asked):
         if isinstance(one, bool) or not isinstance(one, str | int | Tap):
             raise TapError(f"a point is a string, an index or a Tap, not {one!r}.")
-        one = (one if isinstance(one, Tap) else Tap(one)).completed(default)
+        one = one.completed(default) if isinstance(one, Tap) else replace(default, point=one)
         name = one.name if name is None else name
         if found.setdefault(name, one) != one:
             raise TapError(

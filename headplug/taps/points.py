@@ -91,15 +91,18 @@ class Layout:
 
     def __init__(self, model: nn.Module, listing: str = "list_taps(model, x)") -> None:
         self.model, self._listing = model, listing
-        every = tappable(model)
+        named = tappable(model)
+        every = list({id(module): module for module in named.values()}.values())
         self.compiled = compiled_in(every)
         self.sharded = is_sharded(every)
         self.root, self._prefix = unwrapped(model)
         # a compiled module has the path of the one inside it, which runs either way
+        start = len(self._prefix)
         self.modules = {
-            plain(path): module for path, module in self.root.named_modules(remove_duplicate=False)
+            plain(path[start:]): module
+            for path, module in named.items()
+            if len(path) > start and path.startswith(self._prefix)
         }
-        del self.modules[""]
 
     @cached_property
     def head(self) -> HeadSlot | None:

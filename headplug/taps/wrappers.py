@@ -19,8 +19,8 @@ from headplug.errors import TapError
 INNER = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def tappable(model: Any) -> list[nn.Module]:
-    """All modules of a model.
+def tappable(model: Any) -> dict[str, nn.Module]:
+    """All modules of a model by path, shared ones at each of theirs.
 
     Raises:
         TapError: The model is no module, or hooks cannot see what it computes.
@@ -37,13 +37,13 @@ def tappable(model: Any) -> list[nn.Module]:
         raise TapError(
             "TorchScript runs without hooks. Tap the model that was scripted or traced instead."
         )
-    every = list(model.modules())
-    if any(isinstance(m, nn.DataParallel) for m in every):
+    named = dict(model.named_modules(remove_duplicate=False))
+    if any(issubclass(kind, nn.DataParallel) for kind in set(map(type, named.values()))):
         raise TapError(
             "DataParallel runs copies of the model, and hooks see a part of the batch in each. "
             "Tap model.module, or use DistributedDataParallel."
         )
-    return every
+    return named
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
@@ -73,7 +73,7 @@ def is_sharded(modules: Sequence[nn.Module]) -> bool:
     """Whether FSDP, of either generation, keeps the weights of some modules in parts."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     kinds = fsdp and (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
-    return bool(kinds) and any(isinstance(m, kinds) for m in modules)
+    return bool(kinds) and any(issubclass(kind, kinds) for kind in set(map(type, modules)))
 
 
 def compiled_in(modules: Sequence[nn.Module]) -> list[nn.Module]:
