@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from headplug.compare.backbones import stages
 from headplug.compare.data import load_data
 from headplug.compare.data.images import Images
 from headplug.device import pick_device
@@ -32,7 +31,8 @@ from headplug.heads.base import positive
 from headplug.models import LoadedModel, image_channels, load_model
 from headplug.store import extract_features
 from headplug.taps.options import Tap, requested
-from headplug.taps.points import HEAD_POINTS, Layout
+from headplug.taps.points import Layout
+from headplug.usual import usual_points
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SPLITS = {"train": ["train"], "test": ["test"], "all": ["train", "test"]}
@@ -66,7 +66,7 @@ def extract(
         model: See `headplug.models`.
         data: See `headplug.compare.data.load_data`.
         out: Folder of the stores; what is there already is not done again.
-        at: Points, see `headplug.taps.points`; none for `usual_points`.
+        at: Points, see `headplug.taps.points`; none for those of `headplug.usual`.
         split: train, test or all.
         pool: gap, flat, cls, cls+gap or tokens, see `headplug.taps.pooling`.
         dtype: float32, float16 or bfloat16.
@@ -106,13 +106,13 @@ def extract(
     with _processes() as (rank, local):
         loaded = _load(model, (3, image_size or 224, image_size or 224), draft=True, **given)
         layout = Layout(loaded.model, _listing(model, weights, backbone))
-        points = list(at) or usual_points(layout)
-        layout.resolve(requested(points, how))
+        layout.resolve(requested(list(at) or usual_points(layout), how))
         images = load_data(
             data,
             image_size=image_size,
             limit=limit,
             to_train=False,
+            splits=SPLITS[split],
             show_progress=show_progress and rank == 0,
         )
         shape = images.train.shape
@@ -121,6 +121,10 @@ def extract(
             place = torch.device("cuda", local)
         net = loaded.model.to(place)
         prepare = Prepare(image_channels(net, shape[0]), *wanted or (loaded.mean, loaded.std))
+        points = list(at)
+        if not at:
+            noise = torch.randint(256, (1, *shape), generator=torch.Generator().manual_seed(0))
+            points = usual_points(Layout(net), prepare(noise.to(place)), pool)
         stores = []
         for name in SPLITS[split]:
             samples: Images = getattr(images, name)
@@ -153,22 +157,6 @@ def extract(
             )
     seen_as = f"{images.name}: {shape[1]} x {shape[2]} pixels, {prepare}"
     return {"model": loaded.source, "images": seen_as, "stores": stores}
-
-
-def usual_points(layout: Layout) -> list[str]:
-    """The stages of a model's backbone, and before, inside and after its head if it has one.
-
-    >>> usual_points(Layout(load_model("timm:test_resnet", shape=(3, 32, 32)).model))
-    ['act1', 'layer1', 'layer2', 'layer3', 'layer4']
-    """
-    shared = dict(layout.shared)
-    backbone = shared.pop("backbone", None)
-    inner = stages(backbone.module if backbone else layout.root)
-    found = [f"{backbone.path}.{name}" if backbone else name for name in inner]
-    if not shared:
-        return [*found, "backbone"] if backbone else found
-    hidden = [name for name in shared if name not in HEAD_POINTS]
-    return [*found, HEAD_POINTS[0], *hidden, HEAD_POINTS[1]]
 
 
 def statistics(text: str) -> Statistics | None:

@@ -151,15 +151,29 @@ def _from_library(
             f"the pretrained weights of {name} cannot be had ({' '.join(str(error).split())[:200]})"
             ". The first use needs the network; or pass --weights FILE, or --random."
         ) from error
-    size = getattr(model, "image_size", None)  # of torchvision's vision transformers
-    if size and not draft and shape[1:] != (size, size):
-        raise OptionError(
-            f"{name} takes images of {size} x {size} pixels, and these have {shape[1]} x "
-            f"{shape[2]}; pass --image-size {size}."
-        )
+    if not draft:
+        _check_size(name, model, shape)
     kind = "the library's pretrained" if pretrained else "random"
     full = name if library else f"timm:{name}"
     return LoadedModel(model, f"{full} with {kind} weights", tuple(mean), tuple(std), draft)
+
+
+def _check_size(name: str, model: Any, shape: Shape) -> None:
+    """Refuses images that a vision transformer cannot cut into patches."""
+    size, wanted = getattr(model, "image_size", None), ""  # torchvision's take one size
+    if size and shape[1:] != (size, size):
+        wanted = f"of {size} x {size} pixels"
+    patches = getattr(model, "patch_embed", None)  # timm's
+    pads = getattr(patches, "dynamic_img_pad", False)
+    sides = getattr(patches, "patch_size", None) if not pads else None
+    if isinstance(sides, tuple) and any(s % p for s, p in zip(shape[1:], sides, strict=True)):
+        wanted = f"whose sides are multiples of {sides[0]} pixels"
+        size = model.pretrained_cfg["input_size"][-1]
+    if wanted:
+        raise OptionError(
+            f"{name} takes images {wanted}, and these have {shape[1]} x {shape[2]}; pass "
+            f"--image-size {size}."
+        )
 
 
 def _filled(
@@ -172,13 +186,13 @@ def _filled(
 
 
 def _timm(name: str, shape: Shape, pretrained: bool, small: bool) -> Any:
-    from headplug.compare.backbones import build_backbone
+    from headplug.compare.backbones import build_backbone, is_sized
 
     model: Any = build_backbone(name, shape, "small" if small else "default")
     if pretrained:
         import timm
 
-        size: dict[str, Any] = {"img_size": shape[1:]} if hasattr(model, "patch_embed") else {}
+        size: dict[str, Any] = {"img_size": shape[1:]} if is_sized(model) else {}
         model = timm.create_model(name, pretrained=True, num_classes=0, **size)
     return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 

@@ -231,6 +231,13 @@ def test_extract_keeps_features_and_does_nothing_twice(headplug, tmp_path):
     code, _, err = headplug(*command, "--pool", "flat")
     assert code == 1
     assert "another extraction: the pooling (gap there, flat now)" in err
+    assert "(out, --out)" in err
+    code, _, err = headplug(*command, "--normalize", "0.25/0.5")
+    assert "the transform (values in [0, 1], not standardised" in err
+    assert "there, standardised with mean 0.25 and deviation 0.5 " in err
+    code, _, err = headplug(*command, "--limit", "50")
+    assert "the number of samples (100 there, 50 now) changed" in err
+    assert "random" not in err
 
 
 def test_extract_keeps_the_rows_of_the_data_and_standardises_as_asked(headplug, tmp_path):
@@ -291,6 +298,9 @@ def test_extract_tells_when_images_do_not_suit_the_model(headplug, tmp_path):
     code, _, err = headplug("extract", "torchvision:vit_b_16", "--random", "--at", "encoder", *out)
     assert code == 2
     assert "takes images of 224 x 224 pixels, and these have 8 x 8; pass --image-size 224" in err
+    code, _, err = headplug("extract", "timm:test_vit", "--random", *out)
+    assert code == 2
+    assert "multiples of 16 pixels, and these have 8 x 8; pass --image-size 160" in err
     code, _, err = headplug(
         "extract", "timm:test_resnet", "--random", "--at", "layer1", *out, "--normalize", "0,0/1,1"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from headplug.errors import OptionError
 
@@ -38,7 +39,8 @@ class Budget:
     due: int = 0
 
     def __post_init__(self) -> None:
-        if self.fraction is not None and not 0 < self.fraction <= 1:
+        number = isinstance(self.fraction, Real) and not isinstance(self.fraction, bool)
+        if self.fraction is not None and not (number and 0 < self.fraction <= 1):
             raise OptionError(
                 "max_fraction_of_time must lie above 0 and be at most 1, or be None for no bound, "
                 f"not {self.fraction!r}."

@@ -4,7 +4,7 @@ A run leaves the training bit for bit as it would have been: weights, buffers, t
 module, random state and the order of the training samples. Its cost is bounded. Under several
 processes each reads a share of the samples, the first one says whether there is time for a run, and
 all have its numbers, so that callbacks that watch them act alike. What can be wrong with the
-request is said when the trainer starts.
+request is said when the trainer starts, as far as a batch of each data set can tell.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from headplug.callbacks.budget import Budget
 from headplug.callbacks.lightning import callback_bases
+from headplug.callbacks.once import once
+from headplug.callbacks.reading import opened, reading
+from headplug.callbacks.trial import try_labels
 from headplug.diagnostics import DEFINITIONS, diagnose
 from headplug.errors import DataError, OptionError, unknown
 from headplug.heads.base import positive
 from headplug.probing import LayerReport, Probe, probe_layers
 from headplug.probing.probes import probes_of
-from headplug.ranks import Team, team
-from headplug.store.extract import extract_features
-from headplug.store.loaders import open_loader, same_random_state
-from headplug.taps.modes import untouched
+from headplug.ranks import team
+from headplug.store.loaders import Listed, Stream, open_loader, same_random_state
 from headplug.taps.points import HEAD_POINTS
 
-BATCH_SIZE = 256  # for a data set that comes without a loader
 DIAGNOSTICS = [name for name in DEFINITIONS if name != "singular_values"]
 
 Data = Iterable[Any] | Dataset[Any]
@@ -53,6 +52,15 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
 
     Images reach the model as the loaders give them, on its device, in its dtype and with the
     precision of the trainer's validation, but not through `on_after_batch_transfer`.
+
+    Training goes on bit for bit as without it, with two exceptions. A data set with a random
+    generator of its own that training reads in this process too (`num_workers=0`) draws more from
+    it: give LayerProbe a copy. And what a forward keeps in plain attributes of modules, neither
+    buffers nor parameters, stays as a run leaves it.
+
+    What is wrong with the request or the data raises, at the latest in the first run. A later run
+    that cannot use features, as of a model that diverged, is warned of and logged as NaN, and
+    training goes on; an EarlyStopping that watches it stops, as `check_finite` says.
 
     Args:
         train: Samples with labels that probes are fitted to: a DataLoader, any iterable of batches
@@ -78,17 +86,19 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
     Attributes:
         history: A dict a run of this fit: epoch, step (optimiser steps done), seconds, and all that
             was logged. It goes on when a checkpoint is resumed.
-        report: The whole `LayerReport` of the last run in this process, if there are probes.
+        report: The whole `LayerReport` of the last run in this process that was not NaN, if there
+            are probes.
 
     Raises:
         UnknownNameError: There is no such probe or diagnostic; or, when the trainer starts, a point
             matches nothing.
-        OptionError: An option has an impossible value.
+        OptionError: An option has an impossible value; or, when the trainer starts, a probe does
+            not take such labels or has an impossible setting.
         SlotError: When the trainer starts: `pre_projection` or `projection` of a model without one
             projection head.
         TapError: When the trainer starts: a point is never reached.
-        DataError: When the trainer starts: labels are missing, or the data are not as said above.
-            In a run: what `probe_layers` refuses, such as features that are not finite.
+        DataError: When the trainer starts: labels are missing or of different kinds, or the data
+            are not as said above. In the first run: what else `probe_layers` refuses.
         RunError: The model is spread over processes by FSDP, or another process failed.
 
     >>> data = torch.utils.data.TensorDataset(torch.rand(64, 8), torch.arange(64) % 4)
@@ -124,7 +134,7 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
         self._given = {"train": train, "test": test} if probes else {"train": train}
         self.seed, self.name = seed, name
         self._budget = Budget(max_fraction_of_time)
-        self._told = False
+        self._said: set[str] = set()
         self.history: list[dict[str, Any]] = []
         self.report: LayerReport | None = None
 
@@ -146,15 +156,20 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
         """Starts anew; what a checkpoint holds comes after this."""
         if stage == "fit":
             self.history, self.report = [], None
-            self._budget, self._told = Budget(self._budget.fraction), False
+            self._budget = Budget(self._budget.fraction)
+            self._said.clear()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Reads a batch of each data set, to find what is wrong with them or with the points."""
+        labels: dict[str, Tensor | None] = {}
         with same_random_state(None), team() as ranks:
-            self._data = {what: _loader(what, given) for what, given in self._given.items()}
+            self._data = {what: opened(what, given) for what, given in self._given.items()}
             for what, data in self._data.items():
                 with same_random_state(data):
-                    self._try(trainer, pl_module, what, data, ranks)
+                    samples = open_loader(data, ranks, 1)
+                    labels |= ranks.own(partial(self._try, trainer, pl_module, what, samples))
+            if self.probes:
+                ranks.own(lambda: try_labels(labels, self.probes))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock; after a resume, callbacks see the last run's numbers again."""
@@ -185,12 +200,12 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
         budget.due += 1
         self._mark = start
         if budget.fraction is not None and not trainer.strategy.broadcast(budget.allows()):
-            if trainer.is_global_zero and not self._told:
+            if trainer.is_global_zero:
                 advice = budget.advice(self._option, self._every)
-                warnings.warn(f"LayerProbe {self.name!r}: {advice}", stacklevel=2)
-            self._told = True
+                with once(self._said):
+                    warnings.warn(f"LayerProbe {self.name!r}: {advice}", stacklevel=2)
             return
-        values = trainer.strategy.broadcast(self._run(trainer, pl_module))
+        values = self._values(trainer, pl_module)
         self._mark = time.perf_counter()
         budget.add(self._mark - start)
         when = {"epoch": int(trainer.current_epoch), "step": int(trainer.global_step)}
@@ -200,21 +215,38 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=place)
             logger.save()
 
+    def _values(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """What a run finds, on every process; NaN if it cannot use features that it once could."""
+        lost: list[str] = []
+
+        def work() -> dict[str, float]:
+            try:
+                return self._run(trainer, pl_module)
+            except DataError as error:
+                if not self.history:
+                    raise
+                lost.append(str(error))
+                return dict.fromkeys(self._logged(self.history[-1]), math.nan)
+
+        with once(self._said), team() as ranks:
+            values = ranks.each(work)[0]
+        if lost and trainer.is_global_zero:
+            step = trainer.global_step
+            warnings.warn(
+                f"LayerProbe {self.name!r} is NaN at step {step}: {lost[0]}", stacklevel=2
+            )
+        return values
+
     def _run(self, trainer: Any, pl_module: Any) -> dict[str, float]:
         """What is to be logged."""
         with same_random_state(None):
-            with _reading(trainer, pl_module) as read:
+            with reading(trainer, pl_module) as read:
                 stores = [read(data, self.at) for data in self._data.values()]
             if not self.probes:
                 return self._named([], diagnose(stores[0], device=pl_module.device))
             train, test = stores
             self.report = probe_layers(
-                train,
-                test,
-                self.probes,
-                seed=self.seed,
-                device=pl_module.device,
-                distributed=True,
+                train, test, self.probes, seed=self.seed, device=pl_module.device, distributed=True
             )
         return self._named(self.report.rows, self.report.spectra)
 
@@ -238,53 +270,25 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
 
     def _show(self, trainer: Any, pl_module: Any, values: dict[str, Any]) -> None:
         """Lets other callbacks see the numbers, as Lightning's own LearningRateMonitor does."""
-        own = {n: v for n, v in values.items() if n.startswith(f"{self.name}/")}
+        found = self._logged(values)
         device = pl_module.device
-        trainer.callback_metrics.update({n: torch.tensor(v, device=device) for n, v in own.items()})
-
-    def _try(self, trainer: Any, pl_module: Any, what: str, data: Any, ranks: Team) -> None:
-        """Reads the points for one batch, on every process that has one."""
-        samples = open_loader(data, ranks, 1)
-
-        def look() -> None:
-            batch = next(samples.batches(()), None)
-            if batch is None:
-                return
-            if batch.labels is None and self.probes:
-                raise DataError(
-                    f"the {what} data of LayerProbe have no labels, which probes need; let each "
-                    "batch be (images, labels)."
-                )
-            with _reading(trainer, pl_module) as read:
-                read([(batch.images, batch.labels)], self.at, distributed=False)
-
-        ranks.own(look)
-
-
-@contextmanager
-def _reading(trainer: Any, pl_module: Any) -> Iterator[Callable[..., Any]]:
-    """Gives `extract_features` of a model in training, as its trainer would validate it."""
-    cast = partial(_cast, dtype=pl_module.dtype)
-    with untouched(pl_module), trainer.precision_plugin.val_step_context():
-        yield partial(extract_features, pl_module, transform=cast)
-
-
-def _cast(images: Tensor, dtype: torch.dtype) -> Tensor:
-    return images.to(dtype) if images.is_floating_point() else images
-
-
-def _loader(what: str, given: Any) -> Any:
-    """Something that can be read again and again."""
-    made = isinstance(given, Dataset) or hasattr(given, "__iter__") or not callable(given)
-    data = given if made else given()
-    if isinstance(data, Dataset):
-        return DataLoader(data, batch_size=BATCH_SIZE)
-    if hasattr(data, "__next__"):
-        raise DataError(
-            f"the {what} data of LayerProbe are a {type(data).__name__}, which can be read once; "
-            "pass a DataLoader, a list of batches, or a function that gives one of them."
+        trainer.callback_metrics.update(
+            {n: torch.tensor(v, device=device) for n, v in found.items()}
         )
-    return data
+
+    def _logged(self, row: Mapping[str, Any]) -> dict[str, float]:
+        return {n: v for n, v in row.items() if n.startswith(f"{self.name}/")}
+
+    def _try(
+        self, trainer: Any, pl_module: Any, what: str, samples: Listed | Stream
+    ) -> dict[str, Tensor | None]:
+        """Reads the points for one batch, and gives its labels; nothing where there is none."""
+        batch = next(samples.batches(()), None)
+        if batch is None:
+            return {}
+        with reading(trainer, pl_module) as read:
+            read([(batch.images, batch.labels)], self.at, distributed=False)
+        return {what: batch.labels}
 
 
 def _known(diagnostics: str | Sequence[str]) -> list[str]:

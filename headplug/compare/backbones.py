@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -38,7 +39,7 @@ def build_backbone(name: str, shape: tuple[int, int, int], stem: str = "auto") -
     model: Any
     try:
         model = timm.create_model(name, **options)
-        if hasattr(model, "patch_embed"):  # made for one size of image: make it for this one
+        if is_sized(model):  # made for one size of image: make it for this one
             size: dict[str, Any] = {"img_size": (height, width)}
             if max(height, width) <= SMALL and stem != "default":
                 size["patch_size"] = max(min(height, width) // 8, 1)
@@ -57,13 +58,18 @@ def build_backbone(name: str, shape: tuple[int, int, int], stem: str = "auto") -
             model.conv1 = nn.Conv2d(channels, first.out_channels, 3, 1, 1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    elif stem == "small" and not hasattr(model, "patch_embed"):
+    elif stem == "small" and not is_sized(model):
         raise OptionError(
             f"stem='small' is known for ResNets and vision transformers, not for {name!r}."
         )
     if not isinstance(model, nn.Module):
         raise RunError(f"timm returned a {type(model).__name__} for {name!r}.")
     return model
+
+
+def is_sized(model: nn.Module) -> bool:
+    """Whether a timm model is made for one size of image, as most vision transformers are."""
+    return hasattr(model, "patch_embed") and "img_size" in signature(type(model)).parameters
 
 
 def stages(backbone: nn.Module) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from headplug.errors import DataError, OptionError
 from headplug.progress import progress
 from headplug.store.batches import parse
+from headplug.store.loaders import same_random_state
 from headplug.store.model import TappedModel
 from headplug.taps.options import Pool
 
@@ -41,7 +45,8 @@ def invariance(
         at: Taps, as `extract_features` takes them.
         pool: How features become rows.
         transform: Applied to images after the augmentation, e.g. to normalise them.
-        seed: Of the augmentations' draws from torch's generators, which are put back afterwards.
+        seed: Of what augmentations draw from the generators of Python, NumPy and torch, each by its
+            name, whatever others there are. The generators are put back afterwards.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -65,21 +70,20 @@ def invariance(
     tapped = TappedModel(model, at, pool, torch.float32, transform)
     spread: dict[str, _Spread] = {}
     moved: dict[tuple[str, str], _Moved] = {}
-    devices = [tapped.device] if tapped.device.type == "cuda" else []
     total = len(loader) if isinstance(loader, Sized) else None
     with (
         tapped.open() as read,
-        torch.random.fork_rng(devices),
+        _drawing(tapped.device, loader, seed),
         progress("invariance", total, show=show_progress) as advance,
     ):
-        torch.manual_seed(seed)
-        for batch in loader:
+        for number, batch in enumerate(loader):
             images = parse(batch)[0].to(tapped.device)
             plain = _arrived(tapped, read(images))
             for tap, rows in plain.items():
                 spread.setdefault(tap, _Spread(rows.shape[1:].numel())).update(tap, rows)
             for name, augment in augmentations.items():
-                changed = augment(images.clone())
+                with _drawing(tapped.device, None, seed, name, number):
+                    changed = augment(images.clone())
                 if not isinstance(changed, Tensor) or len(changed) != len(images):
                     raise DataError(
                         f"augmentation {name!r} must give {len(images)} images for as many."
@@ -94,6 +98,20 @@ def invariance(
         for tap in spread
         for name in augmentations
     ]
+
+
+@contextmanager
+def _drawing(device: torch.device, loader: Any, *seed: Any) -> Iterator[None]:
+    """Seeds the global generators, whose state and that of the loader's are put back afterwards."""
+    number = random.Random(repr(seed)).getrandbits(32)
+    devices = [device] if device.type == "cuda" else []
+    with same_random_state(loader), torch.random.fork_rng(devices):
+        random.seed(number)
+        numpy.random.seed(number)
+        torch.default_generator.manual_seed(number)  # torch.manual_seed seeds all other devices too
+        if devices:
+            torch.cuda.default_generators[device.index].manual_seed(number)
+        yield
 
 
 class _Spread:

@@ -6,8 +6,9 @@ features is said with the name of their tap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,23 +16,31 @@ from torch import Tensor
 from headplug.errors import DataError, unknown
 
 CHUNK = 2**22  # values in float64 at a time: 32 MiB
+LARGE = 2.0**200  # sums of fourth powers of it, and of its inverse, are well inside float64
 
 
 class Taps(Protocol):
     """Features by tap: a `FeatureStore`, or a mapping to tensors."""
 
-    def __getitem__(self, tap: str, /) -> Tensor:
-        """Features of a tap."""
+    def __getitem__(self, tap: str, /) -> Any:
+        """Features of a tap: a tensor, or what can be made one."""
 
     def __iter__(self) -> Iterator[str]:
         """The taps."""
 
 
 class Source(NamedTuple):
-    """Features of one tap of a store."""
+    """Features of one tap of a store.
+
+    Attributes:
+        store: The store.
+        tap: The tap.
+        scale: What rows are multiplied by, a power of two.
+    """
 
     store: Taps
     tap: str
+    scale: float = 1.0
 
     def __str__(self) -> str:
         return f"the features at {self.tap!r}"
@@ -44,7 +53,7 @@ class Source(NamedTuple):
             DataError: They are not `(N, D)`, or of a single sample.
         """
         shapes = getattr(self.store, "shapes", None)
-        shape = tuple(shapes[self.tap] if shapes else self.store[self.tap].shape)
+        shape = tuple(shapes[self.tap] if shapes else self._features.shape)
         if len(shape) != 2 or not shape[1]:
             raise DataError(
                 f"{self} must have shape (N, D), not {shape}; pool or flatten them first, e.g. "
@@ -56,13 +65,17 @@ class Source(NamedTuple):
 
     def whole(self) -> Tensor:
         """All rows `(N, D)`, checked."""
-        return self.checked(self.store[self.tap], 0)
+        return self.checked(self._features, 0)
 
     def parts(self) -> Iterator[Tensor]:
         """The rows in parts as they are stored, not checked."""
         parts = getattr(self.store, "parts", None)
-        found = parts(self.tap) if parts else [self.store[self.tap]]
+        found = parts(self.tap) if parts else [self._features]
         return (part for part in found if len(part))
+
+    @property
+    def _features(self) -> Tensor:
+        return as_features(self.store[self.tap], str(self))
 
     def checked(self, rows: Tensor, start: int) -> Tensor:
         """Rows as floats.
@@ -86,7 +99,34 @@ class Source(NamedTuple):
                     f"{start + int(wrong.int().argmax())}. Leave such samples out, or look for a "
                     "model that diverged."
                 )
-        return rows
+        return rows if self.scale == 1 else rows * self.scale
+
+
+def as_features(features: Any, what: str = "features") -> Tensor:
+    """What can be made a tensor, such as a NumPy array, as one.
+
+    Raises:
+        DataError: It cannot.
+    """
+    try:
+        return torch.as_tensor(features)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{what} must be a tensor, not {type(features).__name__}: {error}"
+        ) from None
+
+
+def levelled(source: Source) -> Source:
+    """A tap whose features are scaled if they are too large, or too small, to be squared.
+
+    Only those in float64 can be.
+    """
+    if next(source.parts()).dtype != torch.float64:
+        return source
+    top = max(float(part.abs().amax()) for part in source.parts())
+    if not top or not math.isfinite(top) or 1 / LARGE < top < LARGE:
+        return source
+    return source._replace(scale=2.0 ** -max(math.frexp(top)[1], -1000))
 
 
 def chosen(store: Taps, taps: Sequence[str] | None) -> list[Source]:

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from headplug.device import pick_device
-from headplug.diagnostics.blocks import Source, Taps, blocks, chosen
+from headplug.diagnostics.blocks import Source, Taps, as_features, blocks, chosen, levelled
 from headplug.diagnostics.moments import Moments, check_room
 from headplug.diagnostics.options import SpectrumOptions, definitions
 from headplug.diagnostics.spectrum import Spectrum, moments_of
@@ -40,7 +39,7 @@ def diagnose(
     """What the features of every tap say about themselves, without labels.
 
     Args:
-        store: A `FeatureStore`, or features `(N, D)` by tap.
+        store: A `FeatureStore`, or features `(N, D)` by tap, tensors or arrays.
         taps: Which; left out, all.
         options: Where definitions differ; see `SpectrumOptions`.
         device: "auto" takes a GPU where there is one. Sums are in float64, which some GPUs do
@@ -70,12 +69,12 @@ def diagnose(
 
 
 def describe(
-    features: Tensor, tap: str = "features", options: SpectrumOptions | None = None
+    features: Any, tap: str = "features", options: SpectrumOptions | None = None
 ) -> dict[str, Any]:
     """What features say about themselves, without labels; see `DEFINITIONS`.
 
     Args:
-        features: `(N, D)`, N of two or more; sums are made where they are.
+        features: `(N, D)`, N of two or more, a tensor or an array; sums are made where they are.
         tap: What to call them in errors.
         options: Where definitions differ.
 
@@ -92,12 +91,14 @@ def describe(
     >>> row["effective_rank"], row["condition_number"], row["why"]["condition_number"]
     (0.0, None, 'the features are constant.')
     """
-    return _row(Source({tap: features}, tap), options, features.device)
+    found = as_features(features, f"the features at {tap!r}")
+    return _row(Source({tap: found}, tap), options, found.device)
 
 
 @torch.no_grad()
 def _row(source: Source, options: SpectrumOptions | None, device: torch.device) -> dict[str, Any]:
     count, dim = source.shape
+    source = levelled(source)
     side = min(count, dim)
     check_room(side, side, source)
     moments = Moments(dim, device=device) if dim <= count else None
@@ -130,6 +131,6 @@ def _row(source: Source, options: SpectrumOptions | None, device: torch.device) 
         **found,
         "dead_units": float(((low == 0) & (high == 0)).double().mean()),
         "constant_units": float((high - low <= scale).double().mean()),
-        "norm": float(norms / count),
+        "norm": float(norms / count) / source.scale,
         "mean_share": share,
     }

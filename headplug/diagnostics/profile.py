@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from headplug.device import pick_device
-from headplug.diagnostics.blocks import Source, Taps, blocks, chosen, narrowed
+from headplug.diagnostics.blocks import (
+    Source,
+    Taps,
+    as_features,
+    blocks,
+    chosen,
+    levelled,
+    narrowed,
+)
 from headplug.diagnostics.moments import Moments, check_room
 from headplug.diagnostics.options import LEAST
 from headplug.diagnostics.spectrum import fit_line
@@ -46,7 +54,7 @@ def weight_profiles(
         A dict a pair: `before`, `after` (the taps) and what `weight_profile` gives.
 
     Raises:
-        DataError, OptionError: As `weight_profile`; the message names the tap.
+        DataError, OptionError: As `weight_profile`; the message names the tap. Or a pair is none.
         UnknownNameError: There is no such tap.
 
     >>> h = torch.randn(50, 3) * torch.tensor([4.0, 2.0, 1.0])
@@ -59,6 +67,8 @@ def weight_profiles(
     asked = list(pairwise(taps)) if pairs is None else pairs
     found = []
     for pair in asked:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise OptionError(f"a pair is (tap before, tap after), not {pair!r}.")
         before, after = chosen(store, pair)
         row = _profile(before, after, cutoff, limit, place)
         found.append({"before": before.tap, "after": after.tap, **row})
@@ -94,6 +104,7 @@ def weight_profile(
     >>> round(weight_profile(h, h * 3)["slope"], 3)
     1.0
     """
+    before, after = as_features(before), as_features(after)
     store = {"before": before, "after": after}
     pair = Source(store, "before"), Source(store, "after")
     return _profile(*pair, cutoff, limit, before.device)
@@ -151,7 +162,7 @@ def _moments(before: Source, after: Source, device: torch.device) -> tuple[Momen
     check_room(min(count, dim), min(count, max(dim, other)), before)
     dtypes = [next(source.parts()).dtype for source in (before, after)]
     least = max([0.0, *(torch.finfo(d).eps for d in dtypes if d.is_floating_point)])
-    sources = [narrowed(source, device) for source in (before, after)]
+    sources = [narrowed(levelled(source), device) for source in (before, after)]
     dim, other = (source.shape[1] for source in sources)
     own, cross = Moments(dim, device=device), Moments(dim, other, device)
     for x, y in blocks(sources, device):

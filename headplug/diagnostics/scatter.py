@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headplug.diagnostics.blocks import CHUNK
+from headplug.diagnostics.blocks import CHUNK, as_features
 from headplug.diagnostics.moments import Moments
 from headplug.errors import DataError, DimensionError, OptionError
 
@@ -108,7 +108,7 @@ def lidar(views: Tensor, *, delta: float = 1e-4, eps: float = 1e-7) -> float:
         DataError: There are fewer than two samples or views, they do not differ, or not finite.
         OptionError: As `LiDAR`.
     """
-    check_views(views)
+    views = check_views(views)
     found = LiDAR(views.shape[2], delta, eps, views.device)
     for part in views.split(max(1, CHUNK // views[0].numel())):
         found.update(part)
@@ -121,9 +121,11 @@ def check_several(views: int) -> None:
         raise DataError(f"this takes two views of each sample or more, not {views}.")
 
 
-def check_views(views: Tensor) -> None:
-    """Checks that views are finite `(N, q, D)`."""
+def check_views(views: Tensor) -> Tensor:
+    """Views as a tensor, if they are finite `(N, q, D)`."""
+    views = as_features(views, "views")
     if views.ndim != 3 or not views.numel():
         raise DataError(f"views must have shape (N, q, D), not {tuple(views.shape)}.")
     if not views.isfinite().all():
         raise DataError("views hold NaN or infinity; leave those samples out.")
+    return views

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from headplug.device import pick_device
-from headplug.diagnostics.blocks import Source, Taps, blocks, chosen, narrowed, same_samples
+from headplug.diagnostics.blocks import (
+    Source,
+    Taps,
+    as_features,
+    blocks,
+    chosen,
+    levelled,
+    narrowed,
+    same_samples,
+)
 from headplug.diagnostics.moments import ROOM, add_product, check_room, mirrored
 from headplug.errors import DataError
 
@@ -96,6 +105,7 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
     >>> round(linear_cka(x, 3 * x + 1), 4)
     1.0
     """
+    x, y = as_features(x, "x"), as_features(y, "y")
     sources = [Source({"x": x}, "x"), Source({"y": y}, "y")]
     (value,) = _ckas(sources, [(0, 1)], debiased, x.device)
     if isinstance(value, str):
@@ -115,7 +125,7 @@ def _ckas(
     for source in sources:
         side = min(source.shape)
         check_room(side, side, source)
-    sources = [narrowed(source, place) for source in sources]
+    sources = [narrowed(levelled(source), place) for source in sources]
     means = [torch.zeros(s.shape[1], dtype=torch.float64, device=place) for s in sources]
     for found in blocks(sources, place):
         for mean, rows in zip(means, found, strict=True):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headplug.diagnostics.blocks import Source, blocks, narrowed
+from headplug.diagnostics.blocks import Source, as_features, blocks, levelled, narrowed
 from headplug.diagnostics.moments import Moments
 from headplug.diagnostics.options import LEAST, Kind, SpectrumOptions, Weights
 from headplug.errors import DataError
@@ -52,7 +52,7 @@ class Spectrum:
         raw: Of the features as they are.
 
     Raises:
-        DataError: There are fewer than two samples.
+        DataError: There are fewer than two samples, or their squares are too large for float64.
 
     >>> Spectrum.of(torch.tensor([[3.0, 0.0], [0.0, 4.0]])).raw
     tensor([4., 3.], dtype=torch.float64)
@@ -62,6 +62,8 @@ class Spectrum:
         if moments.count < 2:
             raise DataError(f"a spectrum needs two samples or more, not {moments.count}.")
         second = moments.second
+        if not second.isfinite().all():
+            raise DataError("the features are too large to be squared; divide them by a number.")
         mean = moments.mean
         self.centred = _roots(second)[: moments.count]
         self.raw = _roots(second.addr_(mean, mean, alpha=moments.count))[: moments.count]
@@ -75,12 +77,21 @@ class Spectrum:
         Raises:
             DataError: They are no matrix of two finite rows or more, or too large.
         """
-        return cls(moments_of(Source({"features": features}, "features"), features.device))
+        features = as_features(features)
+        source = levelled(Source({"features": features}, "features"))
+        found = cls(moments_of(source, features.device))
+        found.centred, found.raw = found.centred / source.scale, found.raw / source.scale
+        return found
 
     @property
     def rank(self) -> int:
         """How many centred singular values are not zero."""
         return int(self.centred.count_nonzero())
+
+    @property
+    def _eigenvalues(self) -> Tensor:
+        """Of the covariance, over the largest."""
+        return (self.centred / self.centred[0]).square()
 
     def rankme(self, of: Kind = "singular", centred: bool = False, eps: float = 1e-7) -> float:
         """RankMe (Garrido et al., arXiv 2210.02885): `exp(-Σ p log p)`, `p = s / Σ s + eps`.
@@ -105,13 +116,12 @@ class Spectrum:
 
     def participation_ratio(self) -> float:
         """`(Σ λ)^2 / Σ λ^2` of the covariance's eigenvalues λ; 0 if the features are constant."""
-        values = self.centred.square()
+        values = self._eigenvalues
         return float(values.sum() ** 2 / values.square().sum()) if self.rank else 0.0
 
     def stable_rank(self) -> float:
         """`Σ λ / λ_1` of the covariance's eigenvalues λ; 0 if the features are constant."""
-        values = self.centred.square()
-        return float(values.sum() / values[0]) if self.rank else 0.0
+        return float(self._eigenvalues.sum()) if self.rank else 0.0
 
     def condition_number(self) -> float:
         """The largest over the smallest centred singular value that is not zero.
@@ -148,7 +158,7 @@ class Spectrum:
                 f"are not zero, and a line needs {LEAST}; set alpha_ranks."
             )
         j = torch.arange(first, last + 1, dtype=torch.float64, device=self.centred.device)
-        values = self.centred[first - 1 : last].square()
+        values = self._eigenvalues[first - 1 : last]
         slope, r2 = fit_line(j.log(), values.log(), 1 / j if weights == "1/rank" else None)
         return PowerLaw(slope, r2, first, last)
 
@@ -226,8 +236,9 @@ def _roots(gram: Tensor) -> Tensor:
 
 
 def _exp_entropy(values: Tensor, of: Kind, eps: float) -> float:
+    if not values[0]:
+        return 0.0
+    values = values / values[0]
     values = values.square() if of == "eigen" else values
     total = values.sum()
-    if total == 0:
-        return 0.0
     return math.exp(float(torch.special.entr(values / total + eps).sum()))

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headplug.device import pick_device
-from headplug.diagnostics.blocks import CHUNK, Source, Taps, blocks, chosen, same_samples
+from headplug.diagnostics.blocks import (
+    CHUNK,
+    Source,
+    Taps,
+    as_features,
+    blocks,
+    chosen,
+    same_samples,
+)
 from headplug.diagnostics.scatter import check_several, check_views, lidar
 from headplug.diagnostics.spectrum import undefined
 from headplug.errors import DataError
@@ -56,7 +64,7 @@ def alignment(views: Tensor, *, power: float = 2.0, normalise: bool = True) -> f
     >>> round(alignment(torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])), 6)
     2.0
     """
-    check_views(views)
+    views = check_views(views)
     check_several(views.shape[1])
     total = 0.0
     for part in views.split(max(1, CHUNK // views[0].numel())):
@@ -83,8 +91,9 @@ def uniformity(views: Tensor, *, t: float = 2.0, normalise: bool = True) -> floa
     >>> round(uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])), 4)  # exp(-2 * 2^2)
     -8.0
     """
+    views = as_features(views, "views")
     views = views[:, None] if views.ndim == 2 else views
-    check_views(views)
+    views = check_views(views)
     if len(views) < 2:
         raise DataError("uniformity takes two samples or more, not one.")
     return sum(_potential(view, t, normalise) for view in views.unbind(1)) / views.shape[1]
@@ -103,7 +112,7 @@ def describe_views(views: Tensor) -> dict[str, Any]:
     >>> describe_views(torch.ones(4, 2, 3))["why"]["lidar"]
     'the features are the same for all samples.'
     """
-    check_views(views)
+    views = check_views(views)
     check_several(views.shape[1])
     why: dict[str, str] = {}
     count, several, dim = views.shape

@@ -103,15 +103,15 @@ def knn_predict(
     equal votes the lowest index wins, as in scikit-learn; of samples whose distances come out the
     same to the last bit the lower index is the nearer one.
 
-    With `group` every process calls this with its own part of the bank and its own queries; the bank
-    may be empty on some, of shape `(0, D)`, as queries may always be. Each process gets what one process with the whole bank
+    With `group` every process calls this with its own part of the bank and its own queries; either
+    may be empty on some, of shape `(0, D)`. Each process gets what one process with the whole bank
     would give for its queries, up to the rounding of float32. No process holds more than a piece of
     the others' features. Bad input on one ends with an error on all.
 
     Args:
         bank: Features with known labels `(N, D)`.
         labels: Their classes, labels or numbers; see `as_targets`.
-        queries: Features to predict for `(M, D)`. The bank may be on another device.
+        queries: Features to predict for `(M, D)`; M may be 0. The bank may be on another device.
         settings: The grid.
         num_classes: Left out, the highest label plus one.
         group: Processes of torch.distributed that share the work, such as
@@ -134,7 +134,7 @@ def knn_predict(
     tensor([[1],
             [1]])
     """
-    team, settings = Team(group), list(settings)
+    team, grid = Team(group), list(settings)
 
     def own() -> _Own:
         for name, given in (("bank", bank), ("queries", queries), ("labels", labels)):
@@ -147,28 +147,28 @@ def knn_predict(
                 raise DataError(f"features must be real numbers, not {features.dtype}.")
             if features.shape[:1] != (0,):
                 check_features(features)
-        if not settings:
+        if not grid:
             raise OptionError("there is no setting to predict with; see knn_grid().")
-        for setting in settings:
+        for setting in grid:
             _check(setting)
         targets = as_targets(labels, len(bank), num_classes).to(CPU) if len(bank) else None
-        return _Own(Part.of(bank, queries), targets, settings)
+        return _Own(Part.of(bank, queries), targets, grid)
 
     found = team.each(own)
     if any(o.settings != found[0].settings for o in found):
         raise OptionError("the processes ask for different settings; give all of them the same.")
     whole = Bank(bank, [o.part for o in found], group)
     targets = _joined([o.targets for o in found if o.targets]).to(queries.device)
-    settings = _clamped(settings, whole.size)
+    grid = _clamped(grid, whole.size)
     values = None if targets.kind == "classes" else targets.dense()
     out = queries.new_empty(
-        len(settings),
+        len(grid),
         len(queries),
         *([] if values is None else [targets.outputs]),
         dtype=torch.long if values is None else torch.float32,
     )
     for distance in DISTANCES:
-        mine = [(i, s) for i, s in enumerate(settings) if s.distance == distance]
+        mine = [(i, s) for i, s in enumerate(grid) if s.distance == distance]
         if not mine:
             continue
         mine.sort(key=lambda pair: (*_rule(pair), pair[1].k))

@@ -26,7 +26,7 @@ ROWS = 256  # queries a block at least; thinner blocks cost up to 1.5 times as m
 CELLS = 2**22  # distances held at a time: 16 MiB
 PIECE = CELLS // ROWS  # bank samples at a time, at most
 VALUES = 2**23  # of their features: 32 MiB
-CLOSE = 2.0**-10  # of a squared length; a product loses the digits of smaller squared distances
+CLOSE = 2.0**-8  # of a squared length; a product loses the digits of smaller squared distances
 SAME = 2.0**-48  # of a squared length; float32 features hold no smaller squared distances
 
 
@@ -149,18 +149,14 @@ class Bank:
             before += part.size
 
     def _placed(self, features: Tensor, distance: str, like: Tensor, side: int = 0) -> Tensor:
-        """Vectors in float32, with a length of at most about 1, so that no square overflows."""
+        """In float32, relative to the middle and small enough for no square to overflow."""
         middle = self._middles[distance].to(like.device)
-        # distances from another origin are the same, but lose fewer digits
-        return torch.cat(
-            [
-                (
-                    _vectors(x.to(like.device, torch.double) * self._factor, distance, side)
-                    - middle
-                ).float()
-                for x in chunks(features)
-            ]
-        )
+
+        def place(rows: Tensor) -> Tensor:
+            wide = rows.to(like.device).double() * self._factor
+            return (_vectors(wide, distance, side) - middle).float()
+
+        return torch.cat([place(rows) for rows in chunks(features)])
 
 
 def _vectors(features: Tensor, distance: str, side: int = 0) -> Tensor:

@@ -1,11 +1,12 @@
 """What a batch of a loader holds: images, labels, and what its samples are called.
 
-Samples are called by integers, or by strings where a loader gives such, e.g. file names.
+Samples are called by integers, or by strings where a loader gives such, or paths, e.g. file names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy
@@ -88,9 +89,11 @@ def as_labels(labels: Any) -> Tensor:
 
 
 def as_ids(ids: Any, count: int) -> Ids | None:
-    """Integers as int64 `(count,)`, or strings, as they are; None if it is something else."""
-    if isinstance(ids, tuple | list) and ids and all(isinstance(i, str) for i in ids):
-        return list(ids) if len(ids) == count else None
+    """Integers as int64 `(count,)`, or strings or paths as strings; None if it is other things."""
+    if isinstance(ids, numpy.ndarray) and ids.dtype.kind in "UO":
+        ids = ids.tolist()
+    if isinstance(ids, tuple | list) and ids and all(isinstance(i, str | PurePath) for i in ids):
+        return list(map(str, ids)) if len(ids) == count else None
     try:
         found = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):

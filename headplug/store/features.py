@@ -125,6 +125,8 @@ class FeatureStore:
     def __getitem__(self, point: str) -> Tensor:
         """Features of a tap `(N, ...)`; mapped and not copied where they are in one file.
 
+        Of a store in memory they may be the store's own: `.clone()` what is to be changed in place.
+
         Raises:
             UnknownNameError: There is no such tap.
             CheckpointError: A shard is damaged.

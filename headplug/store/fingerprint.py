@@ -7,25 +7,37 @@ work.
 
 from __future__ import annotations
 
-import dis
 import functools
 import hashlib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from logging import Logger
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from headplug.store.state import (
+    TOLD,
+    attributes,
+    is_constant,
+    is_installed,
+    methods,
+    names,
+    writes,
+    written,
+)
 from headplug.taps.points import Point
 
 Fingerprint = dict[str, Any]
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]{6,}")
 CONSTANTS = (bool, int, float, str, tuple, list, Tensor)  # what of a function's module is seen
-STATE = {*vars(nn.Module()), "_compiled_call_impl", "_current_fx_name"}  # not a module's options
+STATE = {  # not a module's options
+    *vars(nn.Module()),
+    *("_compiled_call_impl", "_current_fx_name", "_is_torch_compile", "_compile_kwargs"),
+}
+HYPER = "_hparams"  # Lightning's, which a forward may read
 WORDS = {
     "weights": "the model's weights",
     "buffers": "the model's buffers, e.g. BatchNorm statistics",
@@ -37,6 +49,8 @@ WORDS = {
     "transform": "the transform",
     "data": "the data",
     "shard": "the samples in a shard",
+    "samples": "the number of samples",
+    "batches": "the number of batches",
     "processes": "the number of processes",
 }
 """What each part of a fingerprint is called in messages."""
@@ -55,32 +69,38 @@ def of_model(model: nn.Module) -> Fingerprint:
 
     `weights` sees names, shapes and bytes of parameters, `buffers` those of buffers, and `model`
     the repr of its modules, the code of their forwards and hooks, and their plain attributes, but
-    for those that a forward itself sets.
+    for those that are state, see `headplug.store.state`.
     """
     return {name: digest(part) for name, part in _parts(model).items()}
 
 
 def _parts(model: nn.Module) -> dict[str, Any]:
     classes = {type(m): None for m in model.modules()}
-    written = {kind: _written(kind.forward) for kind in classes}
+    state = {kind: STATE | written(kind) for kind in classes}
     return {
         "weights": dict(model.named_parameters(remove_duplicate=False)),
         "buffers": dict(model.named_buffers(remove_duplicate=False)),
         "model": (
             _plain(repr(model)),
-            {_name(kind): kind.forward for kind in classes},
-            [(path, *_own(m, written[type(m)])) for path, m in model.named_modules()],
+            {_name(kind): (kind.forward, _code(kind)) for kind in classes},
+            [(path, *_own(m, state[type(m)])) for path, m in model.named_modules()],
         ),
     }
 
 
-def _own(module: nn.Module, written: set[str]) -> tuple[dict[str, Any], list[Any]]:
+def _code(kind: type) -> list[FunctionType]:
+    """What a call runs of code that people edit."""
+    return [function for function in methods(kind) if not is_installed(function)]
+
+
+def _own(module: nn.Module, state: set[str]) -> tuple[dict[str, Any], list[Any]]:
     """What is set on a module itself that its class and its repr may not show."""
     options: dict[str, Any] = {}
     for name, value in sorted(vars(module).items()):
         value = getattr(value, "__func__", value)  # a method of a module would bring that whole
-        plain = isinstance(value, functools.partial) or _is_constant(value)
-        if plain and name not in STATE and name not in written and not _is_ours(value):
+        plain = isinstance(value, functools.partial) or is_constant(value)
+        option = name not in state or (name == HYPER and value)
+        if plain and option and not _is_ours(value):
             options[name] = value
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return options, [_hook(hook) for hook in hooks if not _is_ours(hook)]
@@ -103,22 +123,6 @@ def _is_ours(function: Any) -> bool:
     return str(module).startswith("headplug.taps")
 
 
-def _is_constant(what: Any, depth: int = 4) -> bool:
-    if isinstance(what, dict):
-        what = [*what, *what.values()]
-    if isinstance(what, list | tuple | set | frozenset):
-        return depth > 0 and all(_is_constant(item, depth - 1) for item in what)
-    kinds = bool | int | float | str | Tensor | torch.dtype | FunctionType | nn.Module
-    return what is None or isinstance(what, kinds)
-
-
-def _written(function: Any) -> set[str]:
-    """The attributes that a function sets: counters and caches, not options."""
-    if not hasattr(function, "__code__"):
-        return set()
-    return {i.argval for i in dis.get_instructions(function) if i.opname == "STORE_ATTR"}
-
-
 def of_request(
     points: Sequence[Point], dtype: torch.dtype, transform: Any, device: str
 ) -> Fingerprint:
@@ -138,7 +142,8 @@ def differences(
 ) -> list[str]:
     """What differs between two fingerprints, in words; values too where people can read them."""
     found = []
-    others = there.get("processes") != here.get("processes")  # which then meet other batches
+    # then the data that are looked at must differ, whatever they are
+    others = any(there.get(key) != here.get(key) for key in ("samples", "batches", "processes"))
     for key in dict.fromkeys([*here, *there]):
         old, new = there.get(key), here.get(key)
         if old != new and not (others and key == "data"):
@@ -149,17 +154,20 @@ def differences(
 
 
 class _Sink(NamedTuple):
-    """A hash, and the objects with attributes that it has seen, which may hold each other."""
+    """A hash, and the objects that it has seen, which may hold each other, with their places."""
 
     hash: Any
-    seen: dict[int, Any]
+    seen: dict[int, tuple[int, Any]]
 
     def update(self, content: bytes) -> None:
         self.hash.update(content)
 
     def is_new(self, what: Any) -> bool:
+        """Whether it was not seen; what was is fed as its place."""
         new = id(what) not in self.seen
-        self.seen[id(what)] = what
+        place, _ = self.seen.setdefault(id(what), (len(self.seen), what))
+        if not new:
+            self.update(f"{place}".encode())
         return new
 
 
@@ -191,11 +199,11 @@ def _feed(sink: _Sink, what: Any, above: set[int]) -> None:
     elif isinstance(what, MethodType):
         _feed(sink, (what.__func__, what.__self__), above)
     elif isinstance(what, FunctionType):
-        code, known = what.__code__, what.__globals__
-        cells = [_content(cell) for cell in what.__closure__ or ()]
-        constants = [v for n in code.co_names if isinstance(v := known.get(n), CONSTANTS)]
-        given = (code, what.__defaults__, what.__kwdefaults__, cells, constants)
-        _feed(sink, (_name(what), *given), above)
+        sink.update(_name(what).encode())
+        if sink.is_new(what):
+            cells = [_content(cell) for cell in what.__closure__ or ()]
+            given = (what.__code__, what.__defaults__, what.__kwdefaults__, cells)
+            _feed(sink, (*given, _globals(what)), above)
     elif isinstance(what, CodeType):
         _feed(sink, (what.co_code, what.co_names, what.co_consts), above)
     elif hasattr(what, "__array_interface__"):  # NumPy's arrays and scalars, Pillow's images
@@ -206,11 +214,31 @@ def _feed(sink: _Sink, what: Any, above: set[int]) -> None:
     else:
         text = repr(what)
         sink.update(_plain(text).encode(errors="surrogatepass"))
-        told = isinstance(what, type | ModuleType | Logger) or not hasattr(what, "__dict__")
-        if not told and sink.is_new(what):  # its repr may tell little of it
+        if not isinstance(what, TOLD) and (own := attributes(what)) and sink.is_new(what):
+            state = written(type(what))  # its repr may tell little of it
+            options = {name: value for name, value in own.items() if name not in state}
             call = type(what).__call__ if callable(what) else None
-            _feed(sink, (vars(what), call if isinstance(call, FunctionType) else None), above)
+            call = call if isinstance(call, FunctionType) else None
+            _feed(sink, (options, call, _code(type(what))), above)
     sink.update(b";")
+
+
+def _globals(function: FunctionType) -> list[Any]:
+    """What a function names outside itself: values, and what else people wrote."""
+    code, known = function.__code__, function.__globals__
+    changed, own = writes(code), not is_installed(function)
+    found = [
+        known[n] for n in (names(code) if own else code.co_names) if n in known.keys() - changed
+    ]
+    for module in [m for m in found if own and isinstance(m, ModuleType) and not is_installed(m)]:
+        found += [vars(module)[n] for n in names(code) if n in vars(module).keys() - changed]
+
+    def counts(value: Any) -> bool:
+        if isinstance(value, FunctionType):
+            return own and not is_installed(value)
+        return isinstance(value, CONSTANTS) or (own and is_constant(value))
+
+    return [value for value in found if counts(value)]
 
 
 def _content(cell: CellType) -> Any:
@@ -244,8 +272,11 @@ def _pools(names: Mapping[str, str]) -> str:
 
 
 def _named(what: Any) -> str:
-    """What an option is, for people; a function by its name and a digest."""
-    return f"{_name(what)} {digest(what)}" if callable(what) else str(what)
+    """What an option is, for people; a function by its name, or what it says, and a digest."""
+    if not callable(what):
+        return str(what)
+    says = any("__str__" in vars(kind) for kind in type(what).__mro__[:-1])
+    return f"{_plain(str(what)) if says else _name(what)} {digest(what)}"
 
 
 def _plain(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from headplug.errors import CheckpointError, RunError
 from headplug.files import atomic
 from headplug.store.blocks import IDS, LABELS, NAMES
-from headplug.store.fingerprint import Fingerprint, differences
+from headplug.store.fingerprint import WORDS, Fingerprint, differences
 from headplug.store.shards import (
     DamagedError,
     Shard,
@@ -165,7 +165,7 @@ def look(folder: Path, fingerprint: Fingerprint) -> Left:
         for path in (shard_path(folder, number) for number in sorted(there)):
             with suppress(DamagedError):
                 _same(Shard(path).fingerprint, fingerprint, path)
-    damaged = damage(take, sorted(there | listed))
+    damaged = damage(take, sorted(listed or there))  # others beside a finished store are not its
     return Left(whole, damaged, bool(listed) and not damaged and _opens(folder))
 
 
@@ -180,14 +180,14 @@ def _opens(folder: Path) -> bool:
 def _same(there: Fingerprint, here: Fingerprint, where: Path) -> None:
     if unlike := differences(there, here):
         random = ""
-        if there.get("data") != here["data"]:
+        if WORDS["data"] in unlike:
             random = (
                 " A data set that draws random numbers, e.g. for crops, gives other samples each "
                 "time: take a transform without them."
             )
         raise RunError(
             f"{where} holds the features of another extraction: {' and '.join(unlike)} "
-            f"{'differ' if len(unlike) > 1 else 'changed'}. Name another folder with out=..., ask "
+            f"{'differ' if len(unlike) > 1 else 'changed'}. Name another folder (out, --out), ask "
             f"for the same again, or delete it.{random}"
         )
 
@@ -238,7 +238,7 @@ def _lock(handle: int, folder: Path) -> None:
             if time.monotonic() > until:
                 raise RunError(
                     f"another process is writing to {folder}. Wait until it is done, or name "
-                    "another folder with out=..."
+                    "another folder (out, --out)."
                 ) from None
             time.sleep(0.2)
         except OSError:  # a file system without locks

@@ -71,7 +71,8 @@ class Listed:
             torch.manual_seed(0)
             (some,) = self._load([self._ids[places].tolist()], workers)
         kind = type(self._loader.dataset).__qualname__
-        return {"data": digest(kind, self._ids, some), "shard": self._rows}
+        data = digest(kind, self._ids, some)
+        return {"data": data, "samples": len(self._ids), "shard": self._rows}
 
     def todo(self, whole: Container[int]) -> list[int]:
         """This process's share of the shards that are not there."""
@@ -149,14 +150,14 @@ class Stream:
         self._kind, self._total = type(loader).__qualname__, length_hint(loader) or None
         self._rest = (parsed for parsed in map(parse, loader) if len(parsed[0]))
         self._parts = ranks.each(self._look)
-        if not any(self._parts):
+        if not any(part for part, _ in self._parts):
             raise DataError(EMPTY)
 
-    def _look(self) -> str:
-        """A digest of the first batch; empty if there is none."""
+    def _look(self) -> tuple[str, int | None]:
+        """A digest of the first batch, empty if there is none; and how many there are, if known."""
         self._first = list(islice(self._rest, 1))
         if not self._first:
-            return ""
+            return "", 0
         if self._first[0][2] is None and self._ranks.size > 1:
             raise DataError(
                 f"{self._ranks.size} processes iterate over a {self._kind} whose samples have no "
@@ -164,25 +165,21 @@ class Stream:
                 "labels, ids), pass a DataLoader over a data set with a length, or call from one "
                 "process with distributed=False."
             )
-        return digest(self._first, self._total)
+        return digest(self._first), self._total
 
     def fingerprint(self) -> Fingerprint:
         """Of each process's first batch and number of batches, and of how samples are cut."""
+        counts: list[Any] = [count for _, count in self._parts]
         return {
             "data": digest(self._kind, self._parts),
+            "batches": None if None in counts else sum(counts),
             "shard": self._size,
             "processes": self._ranks.size,
         }
 
-    def example(self) -> Tensor:
-        """Images of the first batch.
-
-        Raises:
-            DataError: There is none.
-        """
-        if not self._first:
-            raise DataError(EMPTY)
-        return self._first[0][0]
+    def example(self) -> Tensor | None:
+        """One image, `(1, ...)`; None where this process has none."""
+        return self._first[0][0][:1] if self._first else None
 
     def count(self, whole: Container[int]) -> int | None:
         """How many batches there are, as far as that is known."""

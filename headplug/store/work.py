@@ -100,7 +100,8 @@ class Work:
             for batch in batches:
                 yield batch, None if batch.shard in self.whole else batch.images
             return
-        example = self.ranks.own(self.samples.example)
+        some = self.ranks.each(self.samples.example)
+        example = next(image for image in some if image is not None)
         taken: list[Batch] = []
 
         def take() -> tuple[bool, bool]:

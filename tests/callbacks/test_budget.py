@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,7 +62,7 @@ def test_without_a_bound_all_is_allowed() -> None:
     assert Budget(None, spent=1e9, last=1e9).allows()
 
 
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, float("nan")])
-def test_what_is_no_fraction_is_refused(fraction: float) -> None:
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, float("nan"), True, "0.1"])
+def test_what_is_no_fraction_is_refused(fraction: Any) -> None:
     with pytest.raises(OptionError, match="max_fraction_of_time must lie above 0"):
         Budget(fraction)

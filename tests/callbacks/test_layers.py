@@ -26,6 +26,7 @@ from headplug import extract_features, probe_layers
 from headplug.callbacks import HeadSwap, LayerProbe
 from headplug.diagnostics import describe
 from headplug.errors import DataError, OptionError, SlotError, TapError, UnknownNameError
+from headplug.probing import LinearSetting
 
 H, Z, CLASSES = 12, 8, 4
 NAMESPACES = {"lightning.pytorch": lightning, "pytorch_lightning": pytorch_lightning}
@@ -58,9 +59,11 @@ def simclr(pl: Any) -> Any:
             self.projection_head = SimCLRProjectionHead(H, 16, Z)
             self.criterion = NTXentLoss(memory_bank_size=(32, Z))
             self.register_buffer("calls", torch.zeros(()))
+            self.mean = nn.Parameter(torch.zeros(6), requires_grad=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.calls += 1
+            self.mean.data.lerp_(x.detach().mean(0).to(self.mean.dtype), 0.1)
             return self.projection_head(self.backbone(x))
 
         def on_train_epoch_start(self) -> None:
@@ -392,6 +395,45 @@ def test_a_failure_leaves_modes_and_hooks_as_they_were(pl: Any) -> None:
     assert hooks(model) == 0
 
 
+class Diverging(lightning.Callback):
+    """Writes NaN into the head before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            nn.init.constant_(module.projection_head.layers[0].weight, torch.nan)
+
+
+@pytest.mark.parametrize("probes", ["knn", ()])
+def test_a_model_that_diverges_is_logged_as_nan_and_trains_on(probes: Any) -> None:
+    layers = probe(probes=probes)
+    with pytest.warns(UserWarning, match="'probe' is NaN at step .* NaN or infinity") as said:
+        trainer = fit(lightning, built(simclr, lightning), layers, Diverging(7), max_epochs=3)
+    first, *others = map(numbers, layers.history)
+    assert trainer.global_step == 18
+    assert all(map(math.isfinite, first.values()))
+    assert [row.keys() for row in others] == [first.keys()] * 2
+    assert all(math.isnan(v) for row in others for v in row.values())
+    assert sum("is NaN at step" in str(w.message) for w in said) == 2
+    assert math.isnan(trainer.callback_metrics["probe/projection/rankme"])
+    with pytest.raises(DataError, match="NaN or infinity"):
+        fit(lightning, built(simclr, lightning), probe(probes=probes), Diverging(3))
+
+
+def test_what_probes_warn_of_is_said_once() -> None:
+    model = built(simclr, lightning)
+    nn.init.zeros_(model.backbone[4].weight)
+    model.backbone[4].requires_grad_(False)
+    layers = probe(at=("backbone.0", "backbone", "projection"))
+    with pytest.warns(UserWarning, match="is constant") as said:
+        fit(lightning, model, layers, max_epochs=3)
+    constant = [str(w.message) for w in said if "is constant" in str(w.message)]
+    assert len(layers.history) == 3
+    assert [words.split("'")[1] for words in constant] == ["backbone", "projection"]
+
+
 # where it has to work
 
 
@@ -541,6 +583,10 @@ def without_labels() -> Any:
     return DataLoader(TensorDataset(TEST.tensors[0]), batch_size=8)
 
 
+def numbers_to_predict() -> Any:
+    return TensorDataset(TEST.tensors[0], TEST.tensors[1].float())
+
+
 class Unused(nn.Module):
     """A layer that no forward calls."""
 
@@ -555,6 +601,17 @@ class Unused(nn.Module):
         ({"at": "unused"}, TapError, "unused"),
         ({"train": without_labels()}, DataError, "the train data of LayerProbe have no labels"),
         ({"test": without_labels}, DataError, "the test data of LayerProbe have no labels"),
+        (
+            {"train": numbers_to_predict, "at": "backbone"},
+            DataError,
+            r"the train labels are regression, \(N, 1\) floats and the test labels are classes",
+        ),
+        (
+            {"train": numbers_to_predict, "test": numbers_to_predict, "probes": "logistic"},
+            OptionError,
+            "logistic regression needs classes or labels",
+        ),
+        ({"probes": {"mine": [LinearSetting(lr=-1.0)]}}, OptionError, "lr in .* not -1.0"),
         ({"test": []}, DataError, "the loader is empty"),
         ({"test": 5}, DataError, "a int cannot be iterated"),
         ({"train": lambda: iter([])}, DataError, "train data of LayerProbe are a list_iterator"),

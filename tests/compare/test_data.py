@@ -303,6 +303,24 @@ def test_images_know_their_rows_in_the_data(folder, parquet, monkeypatch):
         assert rows == [row for row in range(len(rows) + 1) if row != 2]
 
 
+def test_a_split_that_is_not_asked_for_is_not_read_and_changes_nothing(folder, monkeypatch):
+    both = load_data(str(folder), show_progress=False)
+    for path in (folder / "train").rglob("*.png"):
+        path.chmod(0o644)
+    read = []
+    original = FolderSource.open
+    monkeypatch.setattr(
+        FolderSource, "open", lambda self, row: (read.append(self.title), original(self, row))[1]
+    )
+    one = load_data(str(folder), splits=["test"], to_train=False, show_progress=False)
+    assert len(one.train) == 0
+    assert torch.equal(
+        one.test[list(range(len(one.test)))][0], both.test[list(range(len(both.test)))][0]
+    )
+    assert (one.fingerprint, one.classes) == (both.fingerprint, both.classes)
+    assert sum("train" in title for title in read) <= len(both.train)  # the sample alone
+
+
 def test_where_nothing_is_trained_classes_may_have_one_image(folder):
     assert len(load(folder[0], limit=2, to_train=False).train) == 2
     for name in ("ant", "bee"):

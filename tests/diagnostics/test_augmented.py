@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -84,6 +85,22 @@ def test_draws_repeat_by_seed_and_leave_model_and_generators_alone(model, images
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_each_augmentation_draws_by_its_own_name_from_every_generator(model, images):
+    augmentations = {
+        "torch": noisy,
+        "numpy": lambda x: x + np.random.rand(),
+        "python": lambda x: x + random.random(),
+    }
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    together = invariance(model, images.split(20), augmentations, "4")
+    for row in together:
+        name = row["augmentation"]
+        assert [row] == invariance(model, images.split(20), {name: augmentations[name]}, "4")
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+    ratios = [row["distance_ratio"] for row in together]
+    assert len(set(ratios)) == 3
 
 
 def test_in_place_augmentations_do_not_reach_the_images(model, images):

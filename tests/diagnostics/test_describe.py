@@ -66,6 +66,27 @@ def test_other_types_are_taken_as_they_are(dtype):
     assert describe(x.to(dtype)) == describe(x.double())
 
 
+@pytest.mark.parametrize("shape", [(90, 20), (20, 90)])
+@pytest.mark.parametrize("power", [530, -565])  # about 1e160 and 1e-170
+def test_doubles_too_large_or_small_to_be_squared_give_what_others_give(make, shape, power):
+    x = make(*shape).double()
+    found, expected = describe(x * 2.0**power), describe(x)
+    assert found.pop("norm") == pytest.approx(expected.pop("norm") * 2.0**power)
+    assert found.pop("singular_values") == pytest.approx(expected.pop("singular_values"))
+    plain = {"why": expected.pop("why"), "options": expected.pop("options")}
+    assert found == {k: pytest.approx(v) for k, v in expected.items()} | plain
+    raw = Spectrum.of(x * 2.0**power).raw * 2.0**-power
+    torch.testing.assert_close(raw, Spectrum.of(x).raw)
+
+
+def test_numpy_arrays_are_taken_as_tensors_are(make):
+    x = make(40, 6)
+    assert describe(x.numpy()) == describe(x)
+    assert diagnose({"h": x.numpy()}) == diagnose({"h": x})
+    with pytest.raises(DataError, match="'h' must be a tensor, not str"):
+        diagnose({"h": "features"})
+
+
 @pytest.mark.parametrize(("value", "raw_rank"), [(0.0, 0.0), (0.1, 1.0), (1e6, 1.0), (1e-30, 1.0)])
 @pytest.mark.parametrize("shape", [(50, 8), (8, 50)])
 def test_constant_features_have_no_centred_rank_and_no_nan(shape, value, raw_rank):

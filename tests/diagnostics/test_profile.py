@@ -138,6 +138,9 @@ def test_pairs_of_a_store(uneven):
     assert {k: row[k] for k in expected} == expected
     with pytest.raises(UnknownNameError, match="no tap is called 'd'"):
         weight_profiles(store, [("a", "d")])
+    for pair in (("a", "b", "c"), "ab"):
+        with pytest.raises(OptionError, match=r"a pair is \(tap before, tap after\), not"):
+            weight_profiles(store, [pair])
 
 
 def test_what_has_no_slope_says_why(uneven):

@@ -151,6 +151,13 @@ def test_impossible_options_are_refused(options):
         SpectrumOptions(**options)
 
 
+def test_moments_that_overflow_have_no_spectrum():
+    moments = Moments(2)
+    moments.update(1e200 * torch.eye(2, dtype=torch.float64))
+    with pytest.raises(DataError, match="too large to be squared"):
+        Spectrum(moments)
+
+
 def test_one_sample_has_no_spectrum():
     with pytest.raises(DataError, match="1 sample"):
         Spectrum.of(torch.rand(1, 4))

@@ -13,7 +13,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from torch.nn.functional import normalize
 
-from headplug.errors import DataError, DimensionError, HeadplugError
+from headplug.errors import DataError, DimensionError, HeadplugError, OptionError
 from headplug.probing import KNNSetting, knn_grid, knn_predict
 from headplug.probing.data import Targets
 
@@ -241,9 +241,41 @@ def test_wrong_shapes_and_labels_are_refused(data):
         knn_predict(bank, labels, queries, one, num_classes=3)
     with pytest.raises(DataError, match="at row 2"):
         knn_predict(bank.index_fill(0, torch.tensor(2), torch.nan), labels, queries, one)
-    for empty in (bank[:0], labels[:0], queries), (bank, labels, queries[:0]):
-        with pytest.raises(DataError, match="must have shape"):
-            knn_predict(*empty, one)
+    with pytest.raises(DataError, match="the bank has no samples"):
+        knn_predict(bank[:0], labels[:0], queries, one)
+    for name, position in (("bank", 0), ("labels", 1), ("queries", 2)):
+        inputs = [bank, labels, queries]
+        inputs[position] = inputs[position].numpy()
+        with pytest.raises(DataError, match=f"the {name} must be a tensor, not ndarray"):
+            knn_predict(*inputs, one)
+    with pytest.raises(DataError, match=r"real numbers, not torch.complex64"):
+        knn_predict(bank, labels, queries.cfloat(), one)
+
+
+def test_a_grid_needs_settings_and_known_names(data):
+    with pytest.raises(OptionError, match=r"no vote rule is called 'exq'. Closest: exp"):
+        knn_grid(votes=["equal", "exq"])
+    with pytest.raises(OptionError, match=r"no distance is called 'euclid'. Closest: euclidean"):
+        knn_grid(distances=["euclid"])
+    with pytest.raises(OptionError, match="no setting to predict with"):
+        knn_predict(*data[:3], [])
+
+
+def test_settings_may_come_one_by_one_and_queries_may_be_none(data):
+    bank, labels, queries, _ = data
+    grid = knn_grid((1, 20))
+    assert torch.equal(
+        knn_predict(bank, labels, queries, iter(grid)), knn_predict(bank, labels, queries, grid)
+    )
+    assert knn_predict(bank, labels, queries[:0], grid).shape == (len(grid), 0)
+    assert knn_predict(bank, bank, queries[:0], grid).shape == (len(grid), 0, 16)
+
+
+def test_votes_that_differ_in_the_eighth_digit_are_no_tie():
+    bank, query = torch.tensor([[1.0, 1.5e-4], [1.0, 1e-4]]), torch.tensor([[1.0, 0.0]])
+    for labels in ([0, 1], [1, 0]):
+        setting = KNNSetting(2, "cosine", "exp", 0.5)  # exp(-1e-8) to 1
+        assert knn_predict(bank, torch.tensor(labels), query, [setting]).item() == labels[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -300,6 +332,11 @@ def work(rank):
             expected = whole[kind][:, ask:] if rank else whole[kind][:, :ask]
             same = (got - expected).abs() <= 1e-5
             found[name][kind] = [list(got.shape), bool(same.all())]
+    apart = [torch.cat([x[:300], x[300:] - 6]) + 1e4 for x in (bank, queries)]  # of each process
+    alone = knn_predict(apart[0], labels["classes"], apart[1], grid)
+    got = knn_predict(*(mine(x, 300) for x in (apart[0], labels["classes"], apart[1])), grid,
+                      group=world)
+    found["collapsed"] = bool((got == mine(alone.T, 300).T).float().mean() > 0.999)
     half = mine(bank, 350)
     y = mine(labels["classes"], 350)
 
@@ -363,6 +400,7 @@ def test_two_processes_give_what_one_gives_and_fail_together(tmp_path):
         assert f["widths"][0] == "DimensionError"
         assert "7 and 8 features" in f["widths"][1]
         assert "1 regression and classes" in f["kinds"][1]
-        assert "no process has a sample" in f["nothing"][1]
+        assert "the bank has no samples" in f["nothing"][1]
+        assert f["collapsed"]
         assert f["alone"] == 360
         assert f["after all"] is None

@@ -118,6 +118,55 @@ def test_distances_survive_an_origin_far_away(data):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("apart", [0.03, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("piece", [16384, 300])
+def test_tight_clusters_keep_the_order_of_their_samples(monkeypatch, distance, apart, piece):
+    monkeypatch.setattr(neighbours, "PIECE", piece)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(5, 64, generator=generator)
+    X = centres[torch.arange(1200) % 5] + apart * torch.randn(1200, 64, generator=generator)
+    far, index = nearest(X[:1000], X[1000:], 20, distance)
+    lowest, order = exact(X[:1000], X[1000:], distance).sort(dim=1)
+    lost = max(1e-4, 1e-6 / apart)  # of a difference that float32 features hold
+    assert (index == order[:, :20]).float().mean() > 1 - 2 * lost
+    torch.testing.assert_close(far.double(), lowest[:, :20], rtol=lost, atol=0)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e5])
+def test_collapsed_features_keep_their_neighbours_on_the_cosine(data, offset):
+    bank, _, queries, _ = data
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    bank, queries = bank + offset * direction, queries + offset * direction
+    far, index = nearest(bank, queries, 20, "cosine")
+    lowest, order = exact(bank, queries, "cosine").sort(dim=1, stable=True)
+    assert (index == order[:, :20]).float().mean() > 0.999
+    torch.testing.assert_close(far.double(), lowest[:, :20], rtol=1e-4, atol=0)
+    blank = torch.zeros(2, 16)
+    far, index = nearest(torch.cat([blank, bank]), torch.cat([queries, blank]), 902, "cosine")
+    torch.testing.assert_close(far[:300, -2:], torch.ones(300, 2))
+    assert torch.equal(index[:300, -2:].sort(dim=1).values, torch.arange(2).expand(300, 2))
+    torch.testing.assert_close(far[300:], torch.ones(2, 902))
+
+
+@pytest.mark.parametrize(("distance", "mean"), [("cosine", 1e5), ("euclidean", 1e8)])
+def test_float64_features_keep_what_float32_could_not_hold(data, distance, mean):
+    bank, _, queries, _ = (x.double() for x in data)
+    bank, queries = bank + mean, queries + mean
+    far, index = nearest(bank, queries, 20, distance)
+    lowest, order = exact(bank, queries, distance).sort(dim=1)
+    assert (index == order[:, :20]).float().mean() > 0.999
+    torch.testing.assert_close(far.double(), lowest[:, :20], rtol=1e-4, atol=0)
+
+
+def test_one_sample_far_away_spoils_no_other(data):
+    bank, _, queries, _ = data
+    far, index = nearest(torch.cat([bank[:1] * 1e12, bank]), queries, 20, "euclidean")
+    expected, order = nearest(bank, queries, 20, "euclidean")
+    assert (index == order + 1).float().mean() > 0.999
+    torch.testing.assert_close(far, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("apart", [0.0, 1e-5, 1e-4, 1e-3, 1e-2])
 def test_near_duplicates_keep_the_digits_of_their_distance(data, distance, apart):
     bank, _, queries, _ = data

@@ -347,6 +347,14 @@ def test_shards_of_another_store_are_noticed_and_made_anew(extract, at, tmp_path
 
 
 @pytest.mark.parametrize("indexed", [True, False])
+def test_a_stray_shard_beside_a_finished_store_is_left_aside(extract, tmp_path, recwarn):
+    extract(**a_loader())
+    (stray := tmp_path / "store" / "shard-00009.safetensors").write_bytes(b"of nothing")
+    assert len(extract(**a_loader())) == 23
+    assert not recwarn.list
+    assert stray.exists()
+
+
 def test_a_shard_copied_over_another_is_named_and_made_anew(extract, tmp_path, files, indexed):
     extract()
     folder = tmp_path / "store"
@@ -499,8 +507,9 @@ def a_loader(change=lambda x: x, count=23, **options):
         (lambda _: {"dtype": torch.float16}, r"the dtype \(float32 there, float16 now\)"),
         (lambda _: {"transform": lambda x: 2 * x}, "the transform"),
         (lambda _: a_loader(lambda x: x + 1e-6), "the data"),
-        (lambda _: a_loader(count=22), "the data"),
-        (lambda _: a_loader(sampler=range(22)), "the data"),
+        (lambda _: a_loader(count=22), r"the number of samples \(23 there, 22 now\) changed"),
+        (lambda _: a_loader(sampler=range(22)), r"the number of samples"),
+        (lambda _: a_loader(sampler=range(1, 24), count=24), "the data"),
         (lambda _: a_loader(batch_size=3), r"the samples in a shard \(5 there, 3 now\)"),
     ],
 )

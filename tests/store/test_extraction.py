@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +161,15 @@ def test_ids_may_be_strings_such_as_lightlys_file_names(model, tmp_path, out):
     store = extract_features(model, batches, ["projection"], folder, shard_size=3)
     assert store.ids == ["", "a/1.png", "a/2.png", "b/ü.png"]
     assert store.labels.tolist() == [3, 2, 1, 0]
+
+
+def test_ids_may_be_paths_and_arrays_of_strings(model):
+    x, names = torch.rand(2, 1, 8, 8), ["b.png", "a.png"]
+    for ids in (np.array(names), np.array(names, object), tuple(map(Path, names))):
+        assert extract_features(model, [(x, None, ids)], "projection").ids == ["a.png", "b.png"]
+    store = FeatureStore.from_tensors({"h": torch.eye(2)}, ids=np.array(names))
+    assert store.ids == ["a.png", "b.png"]
+    assert store["h"].tolist() == [[0, 1], [1, 0]]
 
 
 @pytest.mark.parametrize("out", [None, "store"])

@@ -37,8 +37,8 @@ class ImageData:
     """A data set ready for training.
 
     Attributes:
-        train: The images to train on.
-        test: The images to measure on.
+        train: The images to train on; none if that split was not asked for.
+        test: The images to measure on; the same.
         classes: The name of each class index.
         name: What to call the data set.
         fingerprint: Changes with the data, the chosen images and their shape, not with the place.
@@ -58,6 +58,7 @@ def load_data(
     limit: int | None = None,
     seed: int = 0,
     to_train: bool = True,
+    splits: Sequence[str] = ("train", "test"),
     show_progress: bool = True,
 ) -> ImageData:
     """Loads a data set.
@@ -76,6 +77,8 @@ def load_data(
             there are.
         seed: Draws the images if there is a limit.
         to_train: Whether there have to be two classes and two images of each, as training needs.
+        splits: Those whose images are read. Of the other one only labels and a sample are looked
+            at, so that shape, classes and fingerprint are the same.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -109,7 +112,10 @@ def load_data(
     for number, (split, source) in enumerate(sources.items()):
         rows = _subset(labels[split], limit, np.random.default_rng([seed % 2**64, number]))
         targets = labels[split][rows]
-        images[split] = read_images(source, rows, targets, shape, show_progress=show_progress)
+        read = slice(None if split in splits else 0)
+        images[split] = read_images(
+            source, rows[read], targets[read], shape, show_progress=show_progress
+        )
         identity.update(f"{split} {source.identity}".encode())
         identity.update(rows.astype("<i8").tobytes() + targets.astype("<i8").tobytes())
     if to_train:
