@@ -40,12 +40,13 @@ def test_the_last_point_is_the_output_of_a_librarys_model_once(name, last):
     with torch.no_grad():
         out = model(x)
     found = features(model, x, points, pool="gap")
-    torch.testing.assert_close(found[-1], out, rtol=1e-3, atol=1e-5)
-    assert not torch.allclose(found[-2].mean(), out.mean(), rtol=1e-3)
+    scale = out.abs().max()  # tiny for some random weights
+    torch.testing.assert_close(found[-1] / scale, out / scale, rtol=1e-3, atol=1e-5)
+    assert found[-2].shape != out.shape or (found[-2] - out).abs().max() > 0.01 * scale
 
 
 def test_pooling_decides_whether_the_last_stage_is_the_output():
-    model, x = load_model("timm:test_resnet", shape=(3, 32, 32)).model, torch.rand(1, 3, 32, 32)
+    model, x = load_model("timm:test_resnet", shape=(3, 64, 64)).model, torch.rand(1, 3, 64, 64)
     assert usual_points(Layout(model), x, "flat")[-2:] == ["layer4", "global_pool"]
 
 
@@ -56,5 +57,5 @@ def test_a_backbone_with_something_behind_it_and_a_model_that_fails():
     assert usual_points(Layout(model), torch.rand(1, 5))[-1] == "backbone"
     model.norm = nn.LayerNorm(4)
     assert usual_points(Layout(model), torch.rand(1, 4))[-2:] == ["backbone", "norm"]
-    with pytest.raises(OptionError, match="Conv2d has no modules inside it.*nn.Sequential"):
+    with pytest.raises(OptionError, match=r"Conv2d has no modules inside it.*nn.Sequential"):
         usual_points(Layout(nn.Conv2d(1, 1, 1)))

@@ -20,8 +20,11 @@ def check_features(features: Tensor) -> Tensor:
     """The features as floats `(N, D)`, or an error that says what is wrong with them.
 
     Raises:
-        DataError: They are not a matrix, are empty, or hold NaN or infinity.
+        DataError: They are no real matrix, are empty, or hold NaN or infinity.
     """
+    if not isinstance(features, Tensor) or features.is_complex():
+        what = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise DataError(f"features are a tensor of real numbers, not {what}; see torch.as_tensor.")
     if features.ndim != 2 or not features.numel():
         raise DataError(
             f"features must have shape (N, D), not {tuple(features.shape)}; pool or flatten them "
@@ -91,6 +94,10 @@ def as_targets(labels: Tensor | Targets, count: int, num_classes: int | None = N
     >>> as_targets(torch.tensor([[0, 1], [1, 1]]), 2).kind
     'multilabel'
     """
+    if not isinstance(labels, Tensor | Targets):
+        raise DataError(
+            f"labels are a tensor of numbers, not a {type(labels).__name__}; see torch.as_tensor."
+        )
     values = labels.values if isinstance(labels, Targets) else labels.detach()
     if values.ndim not in (1, 2) or len(values) != count or not values.numel():
         raise DataError(

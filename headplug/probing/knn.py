@@ -134,9 +134,9 @@ def knn_predict(
     tensor([[1],
             [1]])
     """
-    team, grid = Team(group), list(settings)
 
     def own() -> _Own:
+        grid = list(settings)
         for name, given in (("bank", bank), ("queries", queries), ("labels", labels)):
             if not isinstance(given, Tensor | Targets):
                 raise DataError(
@@ -154,12 +154,12 @@ def knn_predict(
         targets = as_targets(labels, len(bank), num_classes).to(CPU) if len(bank) else None
         return _Own(Part.of(bank, queries), targets, grid)
 
-    found = team.each(own)
+    found = Team(group).each(own)
     if any(o.settings != found[0].settings for o in found):
         raise OptionError("the processes ask for different settings; give all of them the same.")
     whole = Bank(bank, [o.part for o in found], group)
     targets = _joined([o.targets for o in found if o.targets]).to(queries.device)
-    grid = _clamped(grid, whole.size)
+    grid = _clamped(found[0].settings, whole.size)
     values = None if targets.kind == "classes" else targets.dense()
     out = queries.new_empty(
         len(grid),

@@ -15,6 +15,7 @@ from PIL import Image
 from headplug.compare.data import images as images_module
 from headplug.compare.data import load_data
 from headplug.compare.data.images import LazyImages, ResidentImages, to_pixels
+from headplug.compare.data.sources import FolderSource
 from headplug.compare.data.torchvision_data import TorchvisionSource
 from headplug.errors import DataError, OptionError, UnknownNameError
 
@@ -304,21 +305,17 @@ def test_images_know_their_rows_in_the_data(folder, parquet, monkeypatch):
 
 
 def test_a_split_that_is_not_asked_for_is_not_read_and_changes_nothing(folder, monkeypatch):
-    both = load_data(str(folder), show_progress=False)
-    for path in (folder / "train").rglob("*.png"):
-        path.chmod(0o644)
-    read = []
-    original = FolderSource.open
-    monkeypatch.setattr(
-        FolderSource, "open", lambda self, row: (read.append(self.title), original(self, row))[1]
-    )
-    one = load_data(str(folder), splits=["test"], to_train=False, show_progress=False)
-    assert len(one.train) == 0
-    assert torch.equal(
-        one.test[list(range(len(one.test)))][0], both.test[list(range(len(both.test)))][0]
-    )
+    both = load(folder[0])
+    opened = []
+    look = FolderSource.open
+    monkeypatch.setattr(FolderSource, "open", lambda self, i: opened.append(i) or look(self, i))
+    load(folder[0])
+    whole = len(opened)
+    one = load(folder[0], splits=["test"])
+    assert len(opened) - whole == whole - len(both.train)  # the sample of it is looked at
+    assert (len(one.train), one.train.shape) == (0, both.train.shape)
+    assert all(torch.equal(one.test[i][0], both.test[i][0]) for i in range(len(both.test)))
     assert (one.fingerprint, one.classes) == (both.fingerprint, both.classes)
-    assert sum("train" in title for title in read) <= len(both.train)  # the sample alone
 
 
 def test_where_nothing_is_trained_classes_may_have_one_image(folder):

@@ -136,3 +136,10 @@ def test_large_finite_values_are_no_infinity():
     x = torch.full((4, 3), 3e38)
     assert torch.isinf(x.sum())
     assert check_features(x) is not None
+
+
+def test_arrays_lists_and_complex_numbers_are_refused_in_a_sentence(blobs):
+    x, y = blobs(40)
+    for features, labels in ((x.numpy(), y), (x, y.tolist()), (x + 1j * x, y)):
+        with pytest.raises(DataError, match="torch.as_tensor"):
+            fit_ridge(features, labels, [RidgeSetting(0.1)])

@@ -182,7 +182,9 @@ def test_a_stream_that_gives_something_else_the_second_time_is_refused(model, tm
     run((0, 1), (2, 3), (4, 5))
     (tmp_path / "store.json").unlink()
     for other in ([(7, 1), (2, 3), (4, 5)], [(0, 1), (2, 4), (4, 5)], [(0, 1), (2, 3)]):
-        with pytest.raises(RunError, match=r"the data|other samples|fewer samples"):
+        with pytest.raises(
+            RunError, match=r"the data|number of batches|other samples|fewer samples"
+        ):
             run(*other)
 
 
@@ -346,7 +348,6 @@ def test_shards_of_another_store_are_noticed_and_made_anew(extract, at, tmp_path
         extract()
 
 
-@pytest.mark.parametrize("indexed", [True, False])
 def test_a_stray_shard_beside_a_finished_store_is_left_aside(extract, tmp_path, recwarn):
     extract(**a_loader())
     (stray := tmp_path / "store" / "shard-00009.safetensors").write_bytes(b"of nothing")
@@ -355,6 +356,7 @@ def test_a_stray_shard_beside_a_finished_store_is_left_aside(extract, tmp_path, 
     assert stray.exists()
 
 
+@pytest.mark.parametrize("indexed", [True, False])
 def test_a_shard_copied_over_another_is_named_and_made_anew(extract, tmp_path, files, indexed):
     extract()
     folder = tmp_path / "store"
@@ -509,7 +511,6 @@ def a_loader(change=lambda x: x, count=23, **options):
         (lambda _: a_loader(lambda x: x + 1e-6), "the data"),
         (lambda _: a_loader(count=22), r"the number of samples \(23 there, 22 now\) changed"),
         (lambda _: a_loader(sampler=range(22)), r"the number of samples"),
-        (lambda _: a_loader(sampler=range(1, 24), count=24), "the data"),
         (lambda _: a_loader(batch_size=3), r"the samples in a shard \(5 there, 3 now\)"),
     ],
 )

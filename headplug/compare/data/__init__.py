@@ -118,7 +118,7 @@ def load_data(
         )
         identity.update(f"{split} {source.identity}".encode())
         identity.update(rows.astype("<i8").tobytes() + targets.astype("<i8").tobytes())
-    if to_train:
+    if to_train and "train" in splits:
         _check_counts(sources["train"].title, images["train"].labels.numpy(), classes)
     return ImageData(images["train"], images["test"], classes, name, identity.hexdigest()[:16])
 
