@@ -164,7 +164,7 @@ def _check_size(name: str, model: Any, shape: Shape) -> None:
     if size and shape[1:] != (size, size):
         wanted = f"of {size} x {size} pixels"
     patches = getattr(model, "patch_embed", None)  # timm's
-    pads = getattr(patches, "dynamic_img_pad", False)
+    pads = getattr(patches, "dynamic_img_pad", True)  # where it has no such option
     sides = getattr(patches, "patch_size", None) if not pads else None
     if isinstance(sides, tuple) and any(s % p for s, p in zip(shape[1:], sides, strict=True)):
         wanted = f"whose sides are multiples of {sides[0]} pixels"

@@ -51,7 +51,7 @@ At = Annotated[
     list[str] | None,
     typer.Option(
         help="A point to read, as headplug taps lists; repeat for more. Left out: the stages of "
-        "the backbone, and before, inside and after the head."
+        "the backbone, and before, inside and after the head, or else the model's output."
     ),
 ]
 

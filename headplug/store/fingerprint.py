@@ -214,8 +214,10 @@ def _feed(sink: _Sink, what: Any, above: set[int]) -> None:
     else:
         text = repr(what)
         sink.update(_plain(text).encode(errors="surrogatepass"))
-        if not isinstance(what, TOLD) and (own := attributes(what)) and sink.is_new(what):
-            state = written(type(what))  # its repr may tell little of it
+        own = attributes(what)
+        told = isinstance(what, TOLD) or not (own or hasattr(what, "__dict__"))
+        if not told and sink.is_new(what):  # its repr may tell little of it
+            state = written(type(what))
             options = {name: value for name, value in own.items() if name not in state}
             call = type(what).__call__ if callable(what) else None
             call = call if isinstance(call, FunctionType) else None
@@ -230,8 +232,9 @@ def _globals(function: FunctionType) -> list[Any]:
     found = [
         known[n] for n in (names(code) if own else code.co_names) if n in known.keys() - changed
     ]
-    for module in [m for m in found if own and isinstance(m, ModuleType) and not is_installed(m)]:
-        found += [vars(module)[n] for n in names(code) if n in vars(module).keys() - changed]
+    for place in [p for p in found if own and isinstance(p, ModuleType | type)]:
+        if not is_installed(place):
+            found += [vars(place)[n] for n in names(code) if n in vars(place).keys() - changed]
 
     def counts(value: Any) -> bool:
         if isinstance(value, FunctionType):
@@ -292,5 +295,5 @@ def _shown(value: Any, other: Any) -> str:
     """A value for people; of a list what the other lacks."""
     if isinstance(value, list):
         value = ", ".join(v for v in value if v not in (other or [])) or "no other"
-    text = str(value)
+    text = "unknown" if value is None else str(value)
     return text if len(text) < 200 else text[:200] + "..."

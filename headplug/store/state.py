@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -26,14 +27,20 @@ FILLING = {
     *("popleft", "remove", "setdefault", "update"),
 }
 TOLD = (type, ModuleType, Logger, PurePath)  # what its repr tells whole
+FROZEN = "<frozen"
 LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME")
 INSTALLED = tuple({sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
-def is_installed(what: FunctionType | ModuleType) -> bool:
+def is_installed(what: FunctionType | ModuleType | type) -> bool:
     """Whether it is a library's, whose code changes only with its version."""
-    file = what.__code__.co_filename if isinstance(what, FunctionType) else what.__file__
-    return not file or file.startswith((*INSTALLED, "<frozen"))
+    if isinstance(what, FunctionType):
+        file = what.__code__.co_filename
+    else:
+        name = what.__name__ if isinstance(what, ModuleType) else what.__module__
+        missing = "" if name == "__main__" else FROZEN  # built in
+        file = getattr(sys.modules.get(name), "__file__", None) or missing
+    return file.startswith((*INSTALLED, FROZEN))
 
 
 def methods(kind: type) -> list[FunctionType]:

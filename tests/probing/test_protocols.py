@@ -225,7 +225,7 @@ def test_the_caller_is_told_what_cannot_be(pair, store):
 
 
 def test_labels_may_be_bools_and_mistakes_in_them_are_named(pair, store):
-    train, test = pair
+    train, _test = pair
     odd = [store(dict(s), s.labels % 2 == 1) for s in pair]
     as_numbers = [store(dict(s), s.labels % 2) for s in pair]
     assert probe_layers(*odd, "knn").rows == probe_layers(*as_numbers, "knn").rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from argparse import Namespace
 from enum import Enum
 from types import MethodType, SimpleNamespace
@@ -236,6 +237,13 @@ def outer(x):
     return (lambda y: by(y))(x) if x is not None else outer(0)
 
 
+class Settings:
+    by = 2
+
+    def __call__(self, x):
+        return math.sqrt(Settings.by) * x
+
+
 CONFIG, SETTINGS = {"by": 2}, SimpleNamespace(by=2)
 
 
@@ -249,16 +257,23 @@ def with_method(self, x):
 
 def test_helpers_and_settings_that_a_function_names_are_seen(monkeypatch):
     model = type("M", (nn.Module,), {"forward": with_method, "by": lambda self, x: x * 2})()
-    look = lambda: (digest(outer), digest(with_settings), of_model(model)["model"])  # noqa: E731
+
+    def look():
+        own = digest(outer), digest(with_settings), digest(Settings())
+        return *own, of_model(model)["model"]
+
     before = look()
     assert look() == before
     monkeypatch.setitem(CONFIG, "by", 3)
     monkeypatch.setattr(SETTINGS, "by", 3)
+    monkeypatch.setattr(Settings, "by", 3)
     monkeypatch.setattr(type(model), "by", lambda self, x: x * 3)
     other = look()
     assert not set(before) & set(other)
     monkeypatch.setitem(globals(), "by", TWICE)
     assert digest(outer) not in (before[0], other[0])
+    monkeypatch.setattr(Settings, "__call__", lambda self, x: x)
+    assert digest(Settings()) not in (before[2], other[2])
 
 
 def test_looking_at_weights_leaves_their_memory_as_it_was():
