@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from functools import lru_cache
 from logging import Logger
 from pathlib import PurePath
 from types import CodeType, FunctionType, ModuleType
@@ -76,7 +77,8 @@ def names(code: CodeType) -> list[str]:
     return list(dict.fromkeys(name for part in _parts(code) for name in part.co_names))
 
 
-def writes(code: CodeType) -> set[str]:
+@lru_cache(4096)
+def writes(code: CodeType) -> frozenset[str]:
     """The attributes and globals that code sets, or puts something into."""
     found: set[str] = set()
     for part in _parts(code):
@@ -91,7 +93,7 @@ def writes(code: CodeType) -> set[str]:
                 filled = steps[i - 1]
             if filled and filled.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", *LOADS):
                 found.add(filled.argval)
-    return found
+    return frozenset(found)
 
 
 def attributes(what: object) -> dict[str, Any]:

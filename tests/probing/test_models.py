@@ -141,5 +141,5 @@ def test_large_finite_values_are_no_infinity():
 def test_arrays_lists_and_complex_numbers_are_refused_in_a_sentence(blobs):
     x, y = blobs(40)
     for features, labels in ((x.numpy(), y), (x, y.tolist()), (x + 1j * x, y)):
-        with pytest.raises(DataError, match="torch.as_tensor"):
+        with pytest.raises(DataError, match=r"torch\.as_tensor"):
             fit_ridge(features, labels, [RidgeSetting(0.1)])
