@@ -117,6 +117,7 @@ class TappedModel:
                 f"{point!r} gives shape {shape} for {count} images; only what has a row per image, "
                 "(B, D) or (B, ...), can be kept. Tap a module around it instead."
             )
-        rows = value.to(self.dtype).to("cpu", non_blocking=value.is_cuda).contiguous()
+        rows = value.to(self.dtype).contiguous()  # on the GPU: a copy under way is not to be read
+        rows = rows.to("cpu", non_blocking=value.is_cuda)
         # a part of a larger tensor would keep all of it in memory
         return rows if rows.untyped_storage().nbytes() <= rows.nbytes else rows.clone()
