@@ -6,6 +6,7 @@
 | `hf-hub:timm/resnet50.a1_in1k` | the same, as timm is called on the Hugging Face Hub |
 | `package.module:callable` | what your function, class or object of that name gives |
 | `run/last.ckpt` | what a checkpoint holds |
+| `runs/NAME/simclr-seed0` | backbone and head of a run of `headplug compare` |
 
 A checkpoint of solo-learn has args.json beside it, which says what to build. Another one holds
 weights without an architecture, so the backbone has to be named; a whole model with its heads comes
@@ -23,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headplug.checkpoints import read_state_dict
+from headplug.compare.saved import WEIGHTS, is_run, load_run
 from headplug.errors import CheckpointError, HeadplugError, OptionError, UnknownNameError, unknown
 from headplug.usercode import from_code
 from headplug.weights import CLASSIFIERS, backbone_in, channels, fill, guess, is_small
@@ -90,6 +92,8 @@ def load_model(
     path = Path(name).expanduser()
     if path.is_dir() and (path / "args.json").is_file():
         path = max(path.glob("*.ckpt"), key=os.path.getmtime, default=path / "*.ckpt")
+    if is_run(path):
+        path /= WEIGHTS
     if path.is_file() or path.suffix in SUFFIXES:
         return _from_checkpoint(path, backbone, shape, draft)
     if name.startswith(HUB):
@@ -218,9 +222,18 @@ def _from_checkpoint(path: Path, backbone: str | None, shape: Shape, draft: bool
     if not path.is_file():
         raise UnknownNameError(f"there is no file {str(path)!r}; check the path.")
     if (path.parent / "args.json").is_file() and backbone is None:
-        from headplug_solo.saved import load_run
+        from headplug_solo import saved
 
-        return load_run(path)
+        return saved.load_run(path)
+    if is_run(path.parent) and path.name == WEIGHTS:
+        if backbone is not None:
+            raise OptionError(
+                f"{path.parent} is a run of headplug compare, which says what its weights are of; "
+                "leave --backbone out."
+            )
+        model, record = load_run(path.parent, shape, draft)
+        mean, std = (tuple(record.get(key, ())) for key in ("image_mean", "image_std"))
+        return LoadedModel(model, f"the model of {path.parent}", mean, std, draft)
     state = read_state_dict(path)
     part, equals, architecture = (backbone or "").rpartition("=")
     weights = backbone_in(state, path, part if equals else None)

@@ -131,6 +131,8 @@ def _label(source: str) -> str:
     path = Path(source.rpartition(":")[2])
     if path.is_dir() and path.name == "features":
         path = path.absolute().parent
+    if path.name == "model.safetensors":
+        path = path.absolute().parent
     return path.stem if path.is_file() else path.name
 
 

@@ -65,6 +65,8 @@ class Runner:
             rows = torch.linspace(0, total - 1, min(total, 10_000)).long()
             mean, std = statistics(data.train[rows][0])
         self.views = Views(data.train.shape, mean, std)
+        given = (mean.tolist(), std.tolist()) if plan.standardize else ((), ())
+        self.seen = dict(zip(("image_mean", "image_std"), given, strict=True))
 
     def __call__(self, choice: HeadChoice, seed: int, folder: Path) -> str:
         """Does one run, or goes on with it.
@@ -105,6 +107,7 @@ class Runner:
             "head_params_trainable": trainable,
             "head_params_frozen": frozen,
             "losses": model.losses,
+            **self.seen,
             **as_record(report),
         }
         if autoencoder is not None:

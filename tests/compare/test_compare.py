@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from headplug import HeadplugError
+from headplug import HeadplugError, features
 from headplug.compare import Plan, compare
+from headplug.compare.data import load_data
 from headplug.compare.recipes import RECIPES
+from headplug.diagnostics import describe
 from headplug.errors import DimensionError, OptionError, RunError, UnknownNameError
 from headplug.files import load_tensors
+from headplug.models import load_model
 
 SMALL = {
     "data": "digits",
@@ -80,6 +83,21 @@ def test_features_are_far_better_than_chance_before_and_after_the_head(finished)
         for tap in ("pre_projection", "projection"):
             for probe in ("knn", "linear", "ridge"):
                 assert found[tap, probe]["accuracy"] > 0.4, (head, tap, probe)  # chance is 0.1
+
+
+def test_a_finished_run_is_a_model_with_the_features_that_were_probed(finished):
+    plan, results = finished
+    images = load_data(plan.data, limit=plan.limit).train.tensor()
+    for run in results["runs"]:
+        folder = plan.folder / f"{run['head']}-seed{run['seed']}"
+        loaded = load_model(str(folder), shape=(1, 8, 8))
+        found = features(loaded.model.eval(), images / 255, ["pre_projection", "projection"])
+        spectra = {s["tap"]: s for s in run["spectra"]}
+        for tap, x in zip(("pre_projection", "projection"), found, strict=True):
+            assert describe(x)["rankme"] == pytest.approx(spectra[tap]["rankme"], rel=1e-3)
+            assert describe(x)["norm"] == pytest.approx(spectra[tap]["norm"], rel=1e-3)
+    with pytest.raises(OptionError, match="leave --backbone out"):
+        load_model(str(folder), shape=(1, 8, 8), backbone="timm:test_resnet")
 
 
 def test_inner_layers_of_the_head_are_read(finished):
