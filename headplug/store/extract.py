@@ -54,7 +54,8 @@ def extract_features(
     Args:
         model: Any module; it runs in eval mode without autograd, and is left in the mode it had.
             On several processes all use the first one's buffers meanwhile, as DDP does; what
-            fully_shard spreads over them they run together.
+            fully_shard spreads over them they run together; if one fails, start all again
+            before you train on.
         loader: A DataLoader over a data set with a length: each sample that its sampler names is
             read once, in the order of its index, whatever it shuffles, repeats or drops as an
             incomplete batch. Or any iterable of batches: samples are kept in the order of their

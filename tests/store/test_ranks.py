@@ -12,7 +12,7 @@ from headplug import extract_features
 from headplug.errors import RunError
 
 SCRIPT = """
-import copy, json, os, sys, time
+import copy, json, os, sys, time, traceback
 from datetime import timedelta
 from pathlib import Path
 import torch
@@ -128,13 +128,13 @@ def work(rank):
     found["spread"] = same(run(plain, model=spread), one)
     found["spread in files"] = same(run(plain, folder / "j", spread), one)
     found["spread again"] = same(run(plain, folder / "j", spread), one)
+    spread(x[:4]).sum().backward()  # training goes on
     few = [] if rank else with_ids[:2]  # only one of them has anything to run
     found["spread, nothing here"] = len(run(few, None, spread))
     few = with_ids[: 1 + rank]
     store = run(few, None, spread)
     found["spread unevenly"] = torch.allclose(store["4"], one["4"][store.ids], atol=1e-6)
     found["spread fails"] = refused(lambda: run(bad, folder / "k", spread))
-    spread(x[:4]).sum().backward()
     flat = FullyShardedDataParallel(copy.deepcopy(model), device_id=torch.device("cpu"))
     found["flat"] = refused(lambda: run(plain, None, flat))
     dead = DataLoader(Broken({9: lambda: os._exit(7)}), batch_size=4)
@@ -154,6 +154,8 @@ for rank in range(size):
         try:
             found = work(rank)
             (folder / f"rank{rank}.json").write_text(json.dumps(found))
+        except Exception:
+            (folder / f"error{rank}.txt").write_text(traceback.format_exc())
         finally:
             sys.stdout.flush()
             os._exit(0)
@@ -170,7 +172,8 @@ print(json.dumps([found, equal]))
 def test_processes_make_what_one_makes(python, tmp_path, size):
     found, equal = json.loads(python(SCRIPT, tmp_path, size))
     assert equal == dict.fromkeys(("a", "b", "cut", "one"), True)
-    assert len(found) == size - 1  # the one that dies reports nothing
+    errors = [path.read_text() for path in tmp_path.glob("error*.txt")]
+    assert len(found) == size - 1, errors  # the one that dies reports nothing
     for rank, one in enumerate(found):
         for name in (
             "plain", "memory", "sampler", "resumed", "finished", "stream", "stream in memory",
