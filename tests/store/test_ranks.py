@@ -128,7 +128,7 @@ def work(rank):
     found["spread"] = same(run(plain, model=spread), one)
     found["spread in files"] = same(run(plain, folder / "j", spread), one)
     found["spread again"] = same(run(plain, folder / "j", spread), one)
-    spread(x[:4]).sum().backward()  # training goes on
+    spread.eval()(x[:4]).sum().backward()  # it can still be trained
     few = [] if rank else with_ids[:2]  # only one of them has anything to run
     found["spread, nothing here"] = len(run(few, None, spread))
     few = with_ids[: 1 + rank]
