@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from headplug.probing.table import labelled
+
 # Okabe and Ito's colour-blind safe palette without its yellow and black: (on light, on dark)
 COLOURS = (
     ("#0072b2", "#56a9e0"),
@@ -198,7 +200,6 @@ def spectrum(runs: Runs, look: Mapping[str, Look]) -> str:
 
 def heat(grids: Sequence[Mapping[str, Any]], probe: str) -> str:
     """Accuracy in per cent of every setting (columns) at every tap (rows) of one run."""
-    settings = grids[0]["settings"]
 
     def draw(ax: Any) -> None:
         values = [100 * _array(grid["values"]) for grid in grids]
@@ -211,13 +212,12 @@ def heat(grids: Sequence[Mapping[str, Any]], probe: str) -> str:
         )
         names = [str(grid["tap"]).removeprefix("backbone.") for grid in grids]
         ax.set_yticks(rows, names, fontsize=8.5)
-        varying = [k for k in settings[0] if len({str(s[k]) for s in settings}) > 1]
-        step = -(-len(settings) // 12)
-        labels = [" ".join(str(s[k]) for k in varying if s[k] is not None) for s in settings]
+        named, labels = labelled(grids[0]["settings"])
+        step = -(-len(labels) // 12)
         ax.set_xticks(
-            np.arange(0, len(settings), step) + 0.5, labels[::step], rotation=90, fontsize=7
+            np.arange(0, len(labels), step) + 0.5, labels[::step], rotation=90, fontsize=7
         )
-        ax.set_xlabel(", ".join(varying))
+        ax.set_xlabel(named)
         ax.grid(visible=False)
 
     return _svg(draw, f"Every setting of the {probe} probe")

@@ -23,7 +23,8 @@ from headplug.compare.plan import Plan
 from headplug.compare.processes import is_first, wait
 from headplug.compare.recipes import recipe
 from headplug.compare.report import write_report
-from headplug.compare.run import RECORD, Runner, trained_head
+from headplug.compare.run import Runner
+from headplug.compare.saved import RECORD, trained_head
 from headplug.compare.summary import hits_of, summarize
 from headplug.errors import HeadplugError, RunError
 from headplug.files import write_json

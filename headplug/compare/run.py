@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from headplug.autoencoder import Autoencoder, pretrain_autoencoder
-from headplug.checkpoints import read_state_dict
 from headplug.compare.augment import Views, statistics
 from headplug.compare.backbones import build_backbone, stages
 from headplug.compare.data import ImageData
 from headplug.compare.plan import HeadChoice, Plan
 from headplug.compare.processes import is_first, wait
 from headplug.compare.recipes import recipe
+from headplug.compare.saved import HEAD, RECORD, WEIGHTS
 from headplug.compare.summary import as_record, headline
 from headplug.compare.train import EpochBatches, SSLModel, train
 from headplug.device import pick_device
@@ -33,10 +33,6 @@ from headplug.heads import AEEmbeddingHead, create_head, describe_head
 from headplug.heads.parameters import count
 from headplug.probing import LayerReport, probe_layers
 from headplug.store import FeatureStore, extract_features
-from headplug.swap import ANCHOR
-
-HEAD = "projection_head."
-RECORD = "run.json"
 
 
 class Runner:
@@ -198,22 +194,12 @@ class Runner:
         return train, test
 
 
-def trained_head(folder: Path) -> nn.Module:
-    """The head of a finished run, with its weights."""
-    record = json.loads((folder / RECORD).read_text("utf-8"))
-    state = read_state_dict(folder / "model.safetensors")
-    head = create_head(record["head_config"])
-    names = {k: k.removeprefix(HEAD) for k in state if k.startswith(HEAD)}
-    head.load_state_dict({n: state[k] for k, n in names.items() if n != ANCHOR})
-    return head
-
-
 def _finish(folder: Path, model: SSLModel, record: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     state = model.state_dict()
     weights = {k: v.contiguous() for k, v in state.items() if k.startswith(("backbone.", HEAD))}
-    with atomic(folder / "model.safetensors") as partial:
+    with atomic(folder / WEIGHTS) as partial:
         save_file(weights, partial, metadata={"head": json.dumps(record["head_config"])})
     write_json(folder / RECORD, record)
     (folder / "checkpoint.ckpt").unlink(missing_ok=True)

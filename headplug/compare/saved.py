@@ -1,4 +1,4 @@
-"""The model of a finished run of `headplug compare`, backbone and head, as it was trained."""
+"""What a finished run of `headplug compare` leaves: its model, backbone and head, as trained."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from headplug.checkpoints import read_state_dict
+from headplug.checkpoints import below, read_state_dict
 from headplug.compare.backbones import build_backbone
 from headplug.errors import CheckpointError
 from headplug.heads import create_head
 from headplug.swap import ANCHOR
 
 WEIGHTS, RECORD, CONFIG = "model.safetensors", "run.json", "config.json"
+HEAD = "projection_head."
 
 
 def is_run(folder: Path) -> bool:
@@ -35,16 +36,14 @@ def load_run(
     Raises:
         CheckpointError: The weights do not fit images of that shape.
     """
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))
+    record = _record(folder)
     config = json.loads((folder.parent / CONFIG).read_text("utf-8"))["config"]
     model = nn.Sequential()
     model.backbone = build_backbone(config["backbone"], shape, config["stem"])
     model.projection_head = create_head(record["head_config"])
     if not draft:
-        state = read_state_dict(folder / WEIGHTS)
-        state = {key: value for key, value in state.items() if not key.endswith(f".{ANCHOR}")}
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(_weights(folder))
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise CheckpointError(
@@ -52,3 +51,21 @@ def load_run(
                 f"on {config['data']!r}, --image-size {config['image_size']}."
             ) from None
     return model, record
+
+
+def trained_head(folder: Path) -> nn.Module:
+    """The head of a finished run, with its weights."""
+    head = create_head(_record(folder)["head_config"])
+    head.load_state_dict(below(_weights(folder), HEAD.rstrip(".")))
+    return head
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text("utf-8"))
+    return record
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """Of backbone and head, without what a swap needs in training."""
+    state = read_state_dict(folder / WEIGHTS)
+    return {key: value for key, value in state.items() if not key.endswith(f".{ANCHOR}")}

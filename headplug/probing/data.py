@@ -185,11 +185,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
     >>> len(fit), len(held)
     (4, 2)
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator, device="cpu")
     held = []
-    for c in labels.unique().tolist():
-        members = order[labels.cpu()[order] == c]
+    for members in shuffled_classes(labels.cpu(), seed):
         if len(members) > 1:
             share = round(fraction * len(members))
             held.append(members[: min(max(share, 1), len(members) - 1)])
@@ -201,3 +198,16 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
     out[torch.cat(held)] = True
     out = out.to(labels.device)
     return (~out).nonzero().squeeze(1), out.nonzero().squeeze(1)
+
+
+def shuffled_classes(labels: Tensor, seed: int) -> tuple[Tensor, ...]:
+    """For each class that occurs, ascending, the rows of its samples `(n,)` in random order.
+
+    >>> [sorted(rows.tolist()) for rows in shuffled_classes(torch.tensor([7, 2, 7]), 0)]
+    [[1], [0, 2]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator, device="cpu").to(labels.device)
+    own, places = labels[order].sort(stable=True)
+    counts: list[int] = own.unique_consecutive(return_counts=True)[1].tolist()
+    return torch.split(order[places], counts)

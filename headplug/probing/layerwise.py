@@ -168,12 +168,13 @@ class _Work(NamedTuple):
                 f"tap {tap!r} is constant; its rows show what guessing gives.", stacklevel=2
             )
         found = []
+        held = [x[task.held] for task in self.tasks]
         with torch.autocast(self.place.type, enabled=False):
             for name, probe in self.rule.probes.items():
-                for task in self.tasks:
-                    run = Trial(tap, name, probe, task, self.rule, self.seed, x, queries)
-                    found.append(run.whole())
-                    found += [run.few(n, rows) for n, rows in self.drawn[task.name].items()]
+                for task, own in zip(self.tasks, held, strict=True):
+                    trial = Trial(tap, name, probe, task, self.rule, self.seed, x, own, queries)
+                    found.append(trial.whole())
+                    found += [trial.few(n, rows) for n, rows in self.drawn[task.name].items()]
                 advance(tap)
         return about, found
 

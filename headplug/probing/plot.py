@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headplug.errors import OptionError, RunError
-from headplug.probing.table import title
+from headplug.probing.table import labelled, title
 
 if TYPE_CHECKING:
     from headplug.probing.report import LayerReport
@@ -112,11 +112,9 @@ def _grids(report: LayerReport) -> dict[str, list[dict[str, Any]]]:
 def _heat(figure: Any, place: Any, name: str, grids: list[dict[str, Any]]) -> None:
     values = [[math.nan if v is None else 100 * v for v in g["values"]] for g in grids]
     image = place.imshow(values, aspect="auto", interpolation="nearest")
-    settings = grids[0]["settings"]
-    varying = [k for k in settings[0] if len({s[k] for s in settings}) > 1]
-    labels = [" ".join(str(s[k]) for k in varying if s[k] is not None) for s in settings]
+    named, labels = labelled(grids[0]["settings"])
     step = math.ceil(len(labels) / 30)
-    place.set_xlabel(", ".join(varying), fontsize="small")
+    place.set_xlabel(named, fontsize="small")
     place.set_xticks(range(0, len(labels), step), labels[::step], rotation=90, fontsize="xx-small")
     place.set_yticks(range(len(grids)), [g["tap"] for g in grids], fontsize="small")
     chosen = [g["chosen"] for g in grids]

@@ -80,7 +80,7 @@ class Probe:
             features: Of the training samples.
             targets: Of the same.
             seed: Of the order of samples in training.
-            validation: Samples to choose the best epoch on, if `training` asks for that.
+            validation: Samples to choose the best epoch on, if and only if `training` asks for it.
 
         Raises:
             HeadplugError: As the kind's own function does.
@@ -95,13 +95,12 @@ def _knn(probe: Probe, features: Tensor, targets: Targets, seed: int, _: Pair | 
 def _linear(
     probe: Probe, features: Tensor, targets: Targets, seed: int, validation: Pair | None
 ) -> Predict:
-    needed = validation if probe.training.keep_best else None
     models = fit_linear(
         features,
         targets,
         probe.settings,
         training=probe.training,
-        validation=needed,
+        validation=validation,
         seed=seed,
     )
     return models.predict

@@ -77,6 +77,17 @@ def title(row: Mapping[str, Any]) -> str:
     return f"{row['probe']}{shots}{'*' * (row['selected_on'] == ON_TEST)}"
 
 
+def labelled(settings: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """What differs between settings, and how each is short to be called by it.
+
+    >>> labelled([{"lr": 0.1, "momentum": 0.9}, {"lr": 1.0, "momentum": 0.9}])
+    ('lr', ['0.1', '1.0'])
+    """
+    varying = [k for k in settings[0] if len({str(s[k]) for s in settings}) > 1]
+    labels = [" ".join(str(s[k]) for k in varying if s[k] is not None) for s in settings]
+    return ", ".join(varying), labels
+
+
 def _cells(
     rows: Sequence[Mapping[str, Any]],
     gaps: Sequence[Mapping[str, Any]],

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from headplug.errors import DataError, OptionError
-from headplug.probing.data import Targets, as_targets, check_features, stratified_split
+from headplug.probing.data import (
+    Targets,
+    as_targets,
+    check_features,
+    shuffled_classes,
+    stratified_split,
+)
 from headplug.probing.protocols import ProbeProtocol
 
 STORES = "labels"  # the task of the stores' own labels
@@ -178,12 +184,8 @@ def few(task: Task, shots: int, draws: int, seed: int) -> list[Tensor]:
         )
     found = []
     for draw in range(draws):
-        generator = torch.Generator().manual_seed(1000 * seed + draw)
-        order = torch.randperm(len(labels), generator=generator, device="cpu").to(labels.device)
-        order = order[labels[order].argsort(stable=True)]  # by class, in random order in each
-        starts = counts.cumsum(0) - counts
-        places = starts[:, None] + torch.arange(shots, device=labels.device)
-        found.append(task.fit[order[places.flatten()]])
+        members = shuffled_classes(labels, 1000 * seed + draw)
+        found.append(task.fit[torch.cat([rows[:shots] for rows in members])])
     return found
 
 

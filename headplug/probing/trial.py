@@ -36,6 +36,7 @@ class Trial(NamedTuple):
     rule: ProbeProtocol
     seed: int
     features: Tensor
+    held: Tensor  # of these the ones that settings are chosen on
     queries: Tensor
 
     def whole(self) -> Outcome:
@@ -44,7 +45,7 @@ class Trial(NamedTuple):
         probe, basis = self.probe.up_to(len(task.fit)), task.basis
         parted = self.rule.resplit is not None or probe.training.keep_best  # fit and held, apart
         on_test = self.rule.select_on == "test"
-        rows = task.fit if parted or not on_test else torch.arange(len(x), device=x.device)
+        rows = task.fit if parted or not on_test else slice(None)
         predict = self._fit(probe, x[rows], task.train[rows])
         if on_test:
             predicted, basis = predict(self.queries), ON_TEST
@@ -77,12 +78,11 @@ class Trial(NamedTuple):
         return self._outcome(probe, mean, chosen, torch.stack(hits)[:, chosen], basis, shots)
 
     def _fit(self, probe: Probe, features: Tensor, targets: Targets) -> Predict:
-        held = self.features[self.task.held], self.task.train[self.task.held]
+        held = (self.held, self.task.train[self.task.held]) if probe.training.keep_best else None
         return probe.fit(features, targets, seed=self.seed, validation=held)
 
     def _held(self, predict: Predict) -> Tensor:
-        held = self.task.held
-        return score(predict(self.features[held]), self.task.train[held])
+        return score(predict(self.held), self.task.train[self.task.held])
 
     def _outcome(
         self,
