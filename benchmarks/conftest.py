@@ -1,7 +1,7 @@
-"""Both sides in one process, taking turns, on one thread, by CPU time.
+"""Both sides in one process, taking turns: CPU time on one thread, or CUDA events.
 
 Such a ratio moves little on a busy machine. `pytest benchmarks --benchmark-only` prints times and
-ratios; the ratios also stand in `extra_info` of pytest-benchmark's JSON (`--benchmark-json=FILE`).
+ratios; all numbers also stand in `extra_info` of pytest-benchmark's JSON (`--benchmark-json=FILE`).
 """
 
 import gc
@@ -10,21 +10,39 @@ import statistics
 import sys
 import time
 
+import measure
 import pytest
 import torch
 
 from headplug.compare.machine import machine, versions
+from headplug.device import pick_device
+from headplug.errors import HeadplugError
 
-RATIOS = pytest.StashKey()
+RATIOS, CEILINGS = pytest.StashKey(), pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("headplug")
+    group.addoption("--full", action="store_true", help="the sizes of a GPU, not of a laptop")
+    group.addoption("--device", default="auto", help="auto, cpu or cuda")
+    group.addoption("--data", default="digits", help="of accuracy: what `headplug compare` takes")
+    group.addoption("--seeds", type=int, default=2, help="of accuracy: how many")
+    group.addoption("--fraction", type=float, default=0.02, help="of a paper's grid to run")
 
 
 def pytest_configure(config):
-    config.stash[RATIOS] = []
+    config.stash[RATIOS], config.stash[CEILINGS] = [], {}
+    try:
+        pick_device(config.getoption("device"))
+    except HeadplugError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     command = shlex.join(["pytest", *sys.argv[1:]])
-    machine_info.update(machine=machine(), versions=versions(), command=command)
+    machine_info.update(
+        machine=machine(), versions=versions(), command=command, ceilings=config.stash[CEILINGS]
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -33,6 +51,32 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("time of ours over the peer's: median [quartiles] of pairs")
         for name, ratio, low, high in rows:
             terminalreporter.write_line(f"{ratio:6.2f} [{low:.2f}, {high:.2f}]  {name}")
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig):
+    """Whether sizes are those of a GPU."""
+    return pytestconfig.getoption("full")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    """Where to compute."""
+    return pick_device(pytestconfig.getoption("device"))
+
+
+@pytest.fixture
+def cpu(device):
+    """For peers that compute on the CPU alone."""
+    if device.type != "cpu":
+        pytest.skip("the peer computes on the CPU; add --device cpu")
+
+
+@pytest.fixture
+def cuda(device):
+    """For what only a GPU has."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: CUDA graphs are captured on one")
 
 
 @pytest.fixture
@@ -44,28 +88,62 @@ def one_thread():
 
 
 @pytest.fixture
-def against(benchmark, one_thread, request):
-    """Times `ours` with pytest-benchmark and its ratio to `peer` in interleaved pairs."""
+def ceilings(pytestconfig, device, one_thread):
+    """What this machine can do at most, measured once."""
+    if not pytestconfig.stash[CEILINGS]:
+        pytestconfig.stash[CEILINGS].update(measure.ceilings(device))
+    return pytestconfig.stash[CEILINGS]
 
-    def run(ours, peer, rounds=31):
-        rounds = rounds if benchmark.enabled else min(rounds, 7)  # guards, in the test suite
+
+@pytest.fixture
+def against(benchmark, one_thread, request, device):
+    """Times `ours` with pytest-benchmark and its ratio to `peer` in interleaved pairs.
+
+    `samples` are those of a call, for a rate; `moved` the bytes that a call has to read and write;
+    `dtype` that of its products; `eager` the same work where `ours` is compiled and cannot be
+    counted. Memory is that of tensors beyond those there before the call.
+    """
+
+    def run(
+        ours, peer, *, rounds=31, budget=4, samples=None, moved=None, dtype="float32", eager=None
+    ):
+        guarded = not benchmark.enabled  # in the test suite
+        rounds = min(rounds, 7) if guarded else rounds
+        sides = {"": ours, "peer_": peer}
         for _ in range(3 if rounds > 3 else 1):
-            ours()
-            peer()
-        gc.collect()
-        ratios = []
-        for i in range(rounds):
-            pair = (ours, peer) if i % 2 else (peer, ours)
-            spent = {}
-            for side in pair:
-                started = time.process_time()
+            for side in sides.values():
                 side()
-                spent[side] = time.process_time() - started
-            ratios.append(spent[ours] / spent[peer])
+        gc.collect()
+        spent = {name: [] for name in sides}
+        until = time.monotonic() + budget
+        for i in range(rounds):
+            if i >= min(rounds, 5) and time.monotonic() > until:
+                break
+            for name in list(sides)[:: 1 if i % 2 else -1]:
+                spent[name].append(measure.seconds(sides[name], device))
+        ratios = [a / b for a, b in zip(*spent.values(), strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        benchmark.extra_info.update(ratio=middle, ratio_low=low, ratio_high=high, pairs=rounds)
+        info = benchmark.extra_info
+        info.update(ratio=middle, ratio_low=low, ratio_high=high, pairs=len(ratios))
         request.config.stash[RATIOS].append((request.node.name, middle, low, high))
-        benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
+        if guarded:
+            return middle
+        ceilings = request.getfixturevalue("ceilings")
+        for name, side in sides.items():
+            median = statistics.median(spent[name])
+            work, peak = measure.counted(eager if eager and side is ours else side, device)
+            info[f"{name}ms"] = 1000 * median
+            if peak:
+                info[f"{name}peak_mib"] = peak / 2**20
+            if work:
+                info[f"{name}gflop_per_s"] = work / median / 1e9
+                info[f"{name}of_matmul_ceiling"] = work / median / ceilings[dtype]
+            if moved:
+                info[f"{name}gb_per_s"] = moved / median / 1e9
+                info[f"{name}of_copy_ceiling"] = moved / median / ceilings["copy"]
+            if samples:
+                info[f"{name}samples_per_s"] = samples / median
+        benchmark.pedantic(measure.waited(ours, device), rounds=3)
         return middle
 
     return run
