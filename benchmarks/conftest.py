@@ -65,14 +65,14 @@ def device(pytestconfig):
     return pick_device(pytestconfig.getoption("device"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cpu(device):
     """For peers that compute on the CPU alone."""
     if device.type != "cpu":
         pytest.skip("the peer computes on the CPU; add --device cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cuda(device):
     """For what only a GPU has."""
     if device.type != "cuda":
@@ -100,8 +100,9 @@ def against(benchmark, one_thread, request, device):
     """Times `ours` with pytest-benchmark and its ratio to `peer` in interleaved pairs.
 
     `samples` are those of a call, for a rate; `moved` the bytes that a call has to read and write;
-    `dtype` that of its products; `eager` the same work where `ours` is compiled and cannot be
-    counted. Memory is that of tensors beyond those there before the call.
+    `dtype` that of its products, None if they are not what it spends its time on; `eager` both
+    sides' work where it cannot be counted while it is compiled or a graph. Memory is that of
+    tensors beyond those there before the call.
     """
 
     def run(
@@ -110,7 +111,7 @@ def against(benchmark, one_thread, request, device):
         guarded = not benchmark.enabled  # in the test suite
         rounds = min(rounds, 7) if guarded else rounds
         sides = {"": ours, "peer_": peer}
-        for _ in range(3 if rounds > 3 else 1):
+        for _ in range(3 if rounds > 9 else 1):
             for side in sides.values():
                 side()
         gc.collect()
@@ -129,13 +130,14 @@ def against(benchmark, one_thread, request, device):
         if guarded:
             return middle
         ceilings = request.getfixturevalue("ceilings")
-        for name, side in sides.items():
+        counts = dict(zip(sides, eager or sides.values(), strict=True))
+        for name in sides:
             median = statistics.median(spent[name])
-            work, peak = measure.counted(eager if eager and side is ours else side, device)
+            work, peak = measure.counted(counts[name], device)
             info[f"{name}ms"] = 1000 * median
             if peak:
                 info[f"{name}peak_mib"] = peak / 2**20
-            if work:
+            if work and dtype:
                 info[f"{name}gflop_per_s"] = work / median / 1e9
                 info[f"{name}of_matmul_ceiling"] = work / median / ceilings[dtype]
             if moved:

@@ -15,6 +15,11 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 MARK = "<!-- speeds: written by benchmarks/page.py -->"
 
+KNOWN = {  # what has a column of its own, or is for machines
+    *("ratio", "ratio_low", "ratio_high", "pairs", "ms", "peer_ms", "peak_mib", "peer_peak_mib"),
+    *("samples_per_s", "peer_samples_per_s", "gflop_per_s", "gb_per_s"),
+    *("of_matmul_ceiling", "of_copy_ceiling", "summary"),
+}
 ROWS = [  # what a reader should know first: ours, the peer, benchmarks
     (
         "`ae_embedding` head step, embedding 128, 256, 512",
@@ -96,8 +101,14 @@ ROWS = [  # what a reader should know first: ours, the peer, benchmarks
 
 def results():
     """Every results file of pytest-benchmark, by name."""
-    read = {path: json.loads(path.read_text()) for path in sorted(HERE.glob("results/*.json"))}
-    return {path: content for path, content in read.items() if "benchmarks" in content}
+    read = {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("results/*.json"))}
+    return {name: content for name, content in read.items() if "benchmarks" in content}
+
+
+def infos(content):
+    """What each benchmark of a file noted, by its name, where it has a peer."""
+    found = {one["name"]: one["extra_info"] for one in content["benchmarks"]}
+    return {name: info for name, info in found.items() if "ratio" in info}
 
 
 def ratio(info):
@@ -105,21 +116,29 @@ def ratio(info):
     return f"{info['ratio']:.2f} [{info['ratio_low']:.2f}, {info['ratio_high']:.2f}]"
 
 
-def headline(found):
-    """The table of what a reader should know first."""
-    lines = ["| ours | peer | time of ours / peer's |", "|---|---|---|"]
+def headline(files):
+    """The table of what a reader should know first, with a column for each file."""
+    columns = {name: found for name, content in files.items() if (found := infos(content))}
+    lines = [
+        f"| ours | peer | {' | '.join(f'ours / peer, {name}' for name in columns)} |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
     for ours, peer, names in ROWS:
-        start = names[0].rstrip("*")
-        infos = [found[n] for n in names if n in found]
-        if start != names[0]:
-            ratios = [i["ratio"] for n, i in found.items() if n.startswith(start)]
-            text = f"{min(ratios):.2f} to {max(ratios):.2f} ({len(ratios)} heads)"
-        elif len(infos) == 1:
-            text = ratio(infos[0])
-        else:
-            text = ", ".join(f"{info['ratio']:.2f}" for info in infos)
-        lines.append(f"| {ours} | {peer} | {text} |")
+        cells = [cell(found, names) for found in columns.values()]
+        lines.append(f"| {ours} | {peer} | {' | '.join(cells)} |")
     return lines
+
+
+def cell(found, names):
+    """The ratios of some benchmarks, or of all whose names begin alike."""
+    start = names[0].rstrip("*")
+    if start != names[0]:
+        ratios = [info["ratio"] for name, info in found.items() if name.startswith(start)]
+        return f"{min(ratios):.2f} to {max(ratios):.2f} ({len(ratios)} heads)" if ratios else ""
+    shown = [found[name] for name in names if name in found]
+    if len(shown) == 1:
+        return ratio(shown[0])
+    return ", ".join(f"{info['ratio']:.2f}" for info in shown)
 
 
 def picture(found, path):
@@ -144,30 +163,50 @@ def words(name):
     return name.removeprefix("test_").replace("_", " ")
 
 
-def section(path, content):
+def section(name, content):
     """One results file: how it was made, and every number."""
     about = content["machine_info"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     lines = [
-        f"## {path.stem}",
+        f"## {name}",
         "",
         f"`{about['command']}`, {content['datetime'][:10]}, commit "
         f"`{content['commit_info']['id'][:10]}`; {about['machine']['cpu']}, "
         f"{about['machine']['cores']} cores, GPU: {about['machine']['gpu']}; {versions}.",
     ]
+    if tops := about.get("ceilings"):
+        products = ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in tops.items() if k != "copy")
+        lines += ["", f"Ceilings, measured: {products}; copying {tops['copy'] / 1e9:.1f} GB/s."]
     for module, group in groupby(content["benchmarks"], lambda b: b["fullname"].split("::")[0]):
         lines += ["", f"### {module.removeprefix('benchmarks/')}", ""]
-        lines += ["| benchmark | ours, ms | ours / peer's time | also |", "|---|---|---|---|"]
-        for one in group:
-            info = dict(one["extra_info"])
-            shown = ratio(info) if "ratio" in info else ""
-            rest = {
-                k: v for k, v in info.items() if not k.startswith(("ratio", "pairs", "summary"))
-            }
-            also = ", ".join(f"{k} {plain(v)}" for k, v in rest.items())
-            ms = 1000 * one["stats"]["median"]
-            lines.append(f"| {words(one['name'])} | {ms:,.1f} | {shown} | {also} |")
+        lines += [
+            "| benchmark | ours, ms | ours / peer's time | samples/s | of the ceiling | "
+            "MiB, ours / peer | also |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [row(one) for one in group]
     return lines
+
+
+def row(one):
+    """One benchmark as a row of its section."""
+    info = one["extra_info"]
+    ceiling = info.get("of_matmul_ceiling", info.get("of_copy_ceiling"))
+    ms = info.get("ms", 1000 * one["stats"]["median"])
+    memory = [plain(info[k]) for k in ("peak_mib", "peer_peak_mib") if k in info]
+    rest = {
+        k: v for k, v in info.items() if k not in KNOWN and not k.startswith(("peer_g", "peer_of"))
+    }
+    cells = [
+        words(one["name"]),
+        f"{ms:,.1f}" if ms > 0.01 else "",
+        ratio(info) if "ratio" in info else "",
+        f"{info['samples_per_s']:,.0f}" if "samples_per_s" in info else "",
+        f"{ceiling:.0%}" if ceiling else "",
+        " / ".join(memory),
+        ", ".join(f"{k} {plain(v)}" for k, v in rest.items()),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def plain(value):
@@ -182,20 +221,17 @@ def plain(value):
 def main():
     """Writes the page, its picture and the README's table."""
     files = results()
-    found = {
-        one["name"]: one["extra_info"]
-        for content in files.values()
-        for one in content["benchmarks"]
-        if "ratio" in one["extra_info"]
-    }
-    table = headline(found)
-    picture(found, HERE / "results" / "speeds.png")
+    table = headline(files)
+    picture(infos(files["cpu"]), HERE / "results" / "speeds.png")
     page = [
         "# Benchmarks",
         "",
         "Written by `python benchmarks/page.py` from `benchmarks/results/*.json`, and from nothing "
-        "else. Times are CPU time on one thread, ours and the peer's in turn in one process: the "
-        "median of the ratios of the pairs, with their quartiles. Differences below 1.1 are none.",
+        "else. Times are CPU time on one thread (CUDA events on a GPU), ours and the peer's in "
+        "turn in one process: the median of the ratios of the pairs, with their quartiles. "
+        "Differences below 1.1 are none. The ceiling is that of a large matrix product, or of a "
+        "large copy where a call only moves bytes; memory is the most that tensors made during "
+        "the call hold.",
         "",
         *table,
         "",
@@ -207,8 +243,8 @@ def main():
         "each batch of a very small model; float32 spectra against a plain SVD of features that "
         "fit in memory; logistic regression with hardly any penalty on separable data.",
     ]
-    for path, content in files.items():
-        page += ["", *section(path, content)]
+    for name, content in files.items():
+        page += ["", *section(name, content)]
     (HERE / "BENCHMARKS.md").write_text("\n".join(page) + "\n")
     before, _, rest = README.read_text().partition(MARK + "\n")
     _, _, after = rest.partition(MARK)

@@ -8,7 +8,7 @@ from headplug.diagnostics import Spectrum, describe, linear_cka, weight_profile
 
 
 @pytest.fixture(scope="module")
-def features():
+def features(cpu):
     generator = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(256, 256, generator=generator)).Q
     return torch.randn(8000, 256, generator=generator) * torch.logspace(0, -3, 256) @ rotation + 1
@@ -27,7 +27,7 @@ def test_spectra_against_numpys_svd(features, against, benchmark):
     ]
     benchmark.extra_info["relative_error"] = max(errors)
     assert max(errors) < 1e-6
-    against(lambda: Spectrum.of(features), peer, rounds=7)
+    against(lambda: Spectrum.of(features), peer, rounds=7, dtype=None)
 
 
 def test_all_numbers_of_a_tap_against_scikit_learns_full_pca(features, against):
@@ -39,6 +39,7 @@ def test_all_numbers_of_a_tap_against_scikit_learns_full_pca(features, against):
         lambda: describe(features),
         lambda: PCA(svd_solver="full").fit(x),
         rounds=7,
+        dtype=None,
     )
 
 
@@ -52,7 +53,7 @@ def test_cka_against_the_formula_on_kernels(features, against, benchmark):
 
     benchmark.extra_info["difference"] = abs(linear_cka(x, y) - peer())
     assert linear_cka(x, y) == pytest.approx(peer(), rel=1e-9)
-    against(lambda: linear_cka(x, y), peer, rounds=7)
+    against(lambda: linear_cka(x, y), peer, rounds=7, dtype=None)
 
 
 def test_weight_profile_against_numpys_svd(features, against):
@@ -63,4 +64,4 @@ def test_weight_profile_against_numpys_svd(features, against):
         u, s, _ = np.linalg.svd(h - h.mean(0), full_matrices=False)
         return s, np.linalg.norm((z - z.mean(0)).T @ u, axis=0)
 
-    against(lambda: weight_profile(features, after), peer, rounds=5)
+    against(lambda: weight_profile(features, after), peer, rounds=5, dtype=None)

@@ -10,37 +10,76 @@ import inspect
 
 import pytest
 import torch
+from measure import rotated
 
 from headplug import MLPHead, create_head, describe_head, list_heads
 
-BATCH, WIDTH = 256, 512
+ROWS, WIDTH = 256, 512
 SMALL = {"hidden_dim": 512, "output_dim": 128, "num_blocks": 2}
 ENTRIES = [describe_head(name) for name in list_heads()]
 OF_LIGHTLY = [e.name for e in ENTRIES if e.source.startswith("lightly.")]
 GUARDED = ("simclr", "byol", "barlow_twins")
 OF_SOLO = [e.name for e in ENTRIES if e.source.startswith("solo.") and e.builder is MLPHead]
+OF_PAPERS = ["ae_embedding", "reweighting"]
 
 
-def stepper(head):
-    head.train()
-    trained = [p for p in head.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9) if trained else None
-    x = torch.randn(BATCH, WIDTH, requires_grad=True)
+class Step:
+    """Called: one training step of a head, on inputs in turn."""
 
-    def step():
-        head(x).square().mean().backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def __init__(self, head, device, rows=ROWS, precision="float32"):
+        self.head = head.to(device).train()
+        trained = [p for p in head.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9) if trained else None
+        self.inputs = rotated(lambda: torch.randn(rows, WIDTH, device=device, requires_grad=True))
+        self.half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+    def __call__(self):
+        self.of(self.head, next(self.inputs))
+
+    def of(self, head, x):
+        with self.half:
+            loss = head(x).square().mean()
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         x.grad = None
 
-    return step
+    def compiled(self):
+        """The same, with the head compiled."""
+        head = torch.compile(self.head)
+        return lambda: self.of(head, next(self.inputs))
+
+    def graphed(self):
+        """The same, as one CUDA graph into which each input is copied."""
+        x = next(self.inputs).detach().clone().requires_grad_()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.of(self.head, x)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.of(self.head, x)
+
+        def step():
+            with torch.no_grad():
+                x.copy_(next(self.inputs))
+            graph.replay()
+
+        return step
 
 
 def small(name):
     """A preset with widths that a CPU trains in milliseconds."""
     taken = describe_head(name).signature.parameters
-    return create_head(name, input_dim=WIDTH, **{k: v for k, v in SMALL.items() if k in taken})
+    options = {k: v for k, v in SMALL.items() if k in taken}
+    if name == "reweighting":  # it keeps the width of its input
+        del options["output_dim"]
+    if name == "ae_embedding":
+        options["weights"] = torch.nn.Linear(WIDTH, SMALL["hidden_dim"])
+    return create_head(name, input_dim=WIDTH, **options)
 
 
 def of_lightly(head):
@@ -69,34 +108,78 @@ def of_lightly(head):
     return Called()
 
 
+def peer_of(head):
+    """lightly's own head, or for the papers' heads the one that they replace."""
+    return of_lightly(small("simclr") if head.name in OF_PAPERS else head)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.guard] * (n in GUARDED)) for n in OF_LIGHTLY]
 )
-def test_head_against_lightly(name, against):
+def test_head_against_lightly(name, against, device):
     head = small(name)
-    assert against(stepper(head), stepper(of_lightly(head))) < 1.2
+    steps = Step(head, device), Step(of_lightly(head), device)
+    assert against(*steps, samples=ROWS) < 1.2
 
 
 @pytest.mark.parametrize("name", OF_SOLO)
-def test_head_against_bare_layers_as_in_solo_learn(name, against):
+def test_head_against_bare_layers_as_in_solo_learn(name, against, device):
     head = small(name)
-    assert against(stepper(head), stepper(copy.deepcopy(head.layers))) < 1.2
+    steps = Step(head, device), Step(copy.deepcopy(head.layers), device)
+    assert against(*steps, samples=ROWS) < 1.2
 
 
-def ours(name, **options):
-    return stepper(create_head(name, input_dim=WIDTH, **options))
+def pytest_generate_tests(metafunc):
+    if "shown" in metafunc.fixturenames:
+        every = metafunc.config.getoption("full")
+        names = OF_LIGHTLY + OF_PAPERS if every else [*GUARDED, *OF_PAPERS]
+        metafunc.parametrize("shown", names)
+
+
+@pytest.mark.parametrize("rows", [32, 2048])
+def test_head_with_rows(rows, shown, against, device):
+    head = small(shown)
+    against(Step(head, device, rows), Step(peer_of(head), device, rows), samples=rows)
+
+
+def test_head_in_bfloat16(shown, against, device):
+    head = small(shown)
+    steps = [Step(h, device, precision="bfloat16") for h in (head, peer_of(head))]
+    against(*steps, samples=ROWS, dtype="bfloat16")
+
+
+def test_compiled_head(shown, against, device, full):
+    """Against the peer's, compiled too."""
+    if shown not in OF_PAPERS and not full:
+        pytest.skip("compiling all takes minutes; add --full")
+    head = small(shown)
+    ours, peer = Step(head, device), Step(peer_of(head), device)
+    against(ours.compiled(), peer.compiled(), samples=ROWS, eager=(ours, peer))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_head_as_cuda_graph(precision, shown, against, cuda, device):
+    """Against the same step without one."""
+    step = Step(small(shown), device, precision=precision)
+    against(step.graphed(), step, samples=ROWS, dtype=precision, eager=(step, step))
+
+
+def ours(name, device, **options):
+    return Step(create_head(name, input_dim=WIDTH, **options), device)
 
 
 @pytest.mark.guard
 @pytest.mark.parametrize("embedding_dim", [128, 256, 512])
-def test_ae_head_against_the_papers_default(embedding_dim, against):
+def test_ae_head_against_the_papers_default(embedding_dim, against, device):
     """The frozen first layer saves its weight gradient and its update."""
     weights = torch.nn.Linear(WIDTH, embedding_dim)
-    head = ours("ae_embedding", weights=weights, output_dim=128, activation="relu")
-    assert against(head, ours("simclr_plain", hidden_dim=embedding_dim, output_dim=128)) < 1
+    head = ours("ae_embedding", device, weights=weights, output_dim=128, activation="relu")
+    peer = ours("simclr_plain", device, hidden_dim=embedding_dim, output_dim=128)
+    bound = 1 if device.type == "cpu" else 1.2
+    assert against(head, peer, samples=ROWS) < bound
 
 
-@pytest.mark.parametrize("name", ["ae_embedding", "reweighting"])
-def test_papers_heads_against_simclr(name, against):
+@pytest.mark.parametrize("name", OF_PAPERS)
+def test_papers_heads_against_simclr(name, against, device):
     options = {"weights": torch.nn.Linear(WIDTH, 256)} if name == "ae_embedding" else {}
-    against(ours(name, **options), ours("simclr"))
+    against(ours(name, device, **options), ours("simclr", device), samples=ROWS)

@@ -1,8 +1,9 @@
-"""What taps cost, and what early exit saves, on a ResNet-18 at 64 pixels."""
+"""What taps cost and what early exit saves: a ResNet-18 at 64 pixels; in full, ResNet-50 at 224."""
 
 import pytest
 import timm
 import torch
+from measure import rotated
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from headplug import features, tap
@@ -27,10 +28,10 @@ class Hooked:
 
 
 @pytest.fixture(scope="module")
-def models():
+def models(full, device):
     """Ours, the same with plain hooks, and torchvision's extractor of it."""
-    torch.manual_seed(0)
-    model, hooked = (timm.create_model("resnet18", num_classes=0).eval() for _ in range(2))
+    name = "resnet50" if full else "resnet18"
+    model, hooked = (timm.create_model(name, num_classes=0).eval().to(device) for _ in range(2))
     return {
         "ours": model,
         "hooks": Hooked(hooked, STAGES),
@@ -44,58 +45,64 @@ def model(models):
 
 
 @pytest.fixture(scope="module")
-def x():
-    return torch.randn(8, 3, 64, 64)
+def images(full, device):
+    size = (128, 3, 224, 224) if full else (8, 3, 64, 64)
+    return rotated(lambda: torch.randn(size, device=device))
 
 
 @torch.no_grad()
-def plain(model, x):
-    return model(x)
+def plain(model, images):
+    return model(next(images))
 
 
 @torch.no_grad()
-def tapped(model, x):
+def tapped(model, images):
     with tap(model, *STAGES) as taps:
-        model(x)
+        model(next(images))
     return taps
 
 
 @pytest.mark.guard
-def test_five_taps_against_the_bare_forward(model, x, against):
-    assert against(lambda: tapped(model, x), lambda: plain(model, x)) < 1.15
+def test_five_taps_against_the_bare_forward(model, images, against):
+    assert against(lambda: tapped(model, images), lambda: plain(model, images)) < 1.15
 
 
 @pytest.mark.parametrize("peer", ["hooks", "torchvision"])
-def test_five_taps_against_peers(peer, models, x, against):
-    assert against(lambda: tapped(models["ours"], x), lambda: plain(models[peer], x)) < 1.15
+def test_five_taps_against_peers(peer, models, images, against):
+    assert (
+        against(lambda: tapped(models["ours"], images), lambda: plain(models[peer], images)) < 1.15
+    )
 
 
-def test_five_taps_in_one_block_against_hooks(models, x, against):
+def test_five_taps_in_one_block_against_hooks(models, images, against):
     """As a training loop has it: both are placed once."""
     with tap(models["ours"], *STAGES) as taps:
 
         def in_block():
             taps.clear()
-            plain(models["ours"], x)
+            plain(models["ours"], images)
 
-        assert against(in_block, lambda: plain(models["hooks"], x)) < 1.1
+        assert against(in_block, lambda: plain(models["hooks"], images)) < 1.1
 
 
 @pytest.mark.parametrize("stage", STAGES[:4])
-def test_early_exit_against_the_whole_forward(stage, model, x, against):
-    against(lambda: features(model, x, at=stage), lambda: plain(model, x))
+def test_early_exit_against_the_whole_forward(stage, model, images, against):
+    against(lambda: features(model, next(images), at=stage), lambda: plain(model, images))
 
 
 @pytest.mark.guard
 @pytest.mark.parametrize("stage", STAGES[:3])
-def test_early_exit_against_torchvisions_pruned_graph(stage, model, x, against):
+def test_early_exit_against_torchvisions_pruned_graph(stage, model, images, against):
     pruned = create_feature_extractor(model, [stage])
-    assert against(lambda: features(model, x, at=stage), lambda: plain(pruned, x)) < 1.2
+    assert (
+        against(lambda: features(model, next(images), at=stage), lambda: plain(pruned, images))
+        < 1.2
+    )
 
 
-def test_stages_against_timm(model, x, against):
+def test_stages_against_timm(model, images, against):
     @torch.no_grad()
     def timms():
-        model.forward_intermediates(x, intermediates_only=True)
+        model.forward_intermediates(next(images), intermediates_only=True)
 
-    assert against(lambda: features(model, x, at=STAGES[:4]), timms) < 1.2
+    assert against(lambda: features(model, next(images), at=STAGES[:4]), timms) < 1.2

@@ -259,6 +259,12 @@ class FeatureStore:
             raise unknown("tap", str(point), self.points, "store.points lists what was extracted.")
 
     def _joined(self, name: str) -> Tensor:
-        parts = [block.tensor(name) for block in self._blocks]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return joined if self._order is None else joined[self._order]
+        first, *rest = self._blocks
+        out = first.tensor(name)
+        if rest:
+            out = out.new_empty(sum(b.shapes[name][0] for b in self._blocks), *out.shape[1:])
+            start = 0
+            for block in self._blocks:  # each is copied while its checksum has it in the cache
+                part = block.tensor(name)
+                out[start : (start := start + len(part))] = part
+        return out if self._order is None else out[self._order]
