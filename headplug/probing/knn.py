@@ -223,15 +223,27 @@ def _outcomes(
         ks: Numbers of neighbours.
     """
     votes = weights.new_zeros(len(said), outputs)
+    winner = said[:, :1]
     for start, k in pairwise([0, *ks]):
         new, weight = said[:, start:k], weights[:, start:k]
         if values is None:
             votes.scatter_add_(1, new, weight)
-            yield votes.argmax(dim=1)
+            winner = _winner(votes, torch.cat([winner, new], 1))
+            yield winner.squeeze(1)
             continue
         if k > start:
             votes += F.embedding_bag(new, values, mode="sum", per_sample_weights=weight)
         yield votes / weights[:, :k].sum(1, keepdim=True)
+
+
+def _winner(votes: Tensor, able: Tensor) -> Tensor:
+    """The class with the most votes `(M, 1)`, which is among those that are `able` `(M, A)`."""
+    outputs = votes.shape[1]
+    if outputs <= able.shape[1]:
+        return votes.argmax(dim=1, keepdim=True)
+    own = votes.gather(1, able)
+    best = able.where(own == own.amax(1, keepdim=True), outputs)
+    return best.amin(1, keepdim=True)
 
 
 def _joined(found: list[Targets]) -> Targets:

@@ -116,8 +116,13 @@ def fit_linear(
         joint = Joint(settings, training, targets, mean, std, per_epoch, steps, seed)
         held = None if validation is None else _held(validation, targets, features.shape[1])
         order = batches(len(features), per_epoch, seed, features.device)
+        most = math.ceil(len(features) / per_epoch)
+        batch = [t.new_empty(most, *t.shape[1:]) for t in (features, targets.values)]
         for step, index in enumerate(islice(order, steps), 1):
-            joint.step(features.index_select(0, index), targets.values.index_select(0, index))
+            rows, values = (some[: index.shape[0]] for some in batch)
+            torch.index_select(features, 0, index, out=rows)
+            torch.index_select(targets.values, 0, index, out=values)
+            joint.step(rows, values)
             if held and (step % per_epoch == 0 or step == steps):
                 joint.validate(*held)
         return joint.models()

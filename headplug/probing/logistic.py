@@ -155,7 +155,8 @@ class _Problem:
         self.features, self.targets, self.outputs = features, targets, targets.outputs
         self.mean, self.std = (t.float() for t in mean_and_std(features))
         count, width = features.shape
-        self.parts = list(blocks(count, width + 8 * self.outputs))
+        self.parts = list(blocks(count, width + 16 * self.outputs))
+        self.room = self.mean.new_empty(min(count, self.parts[0].stop), width)
         if width <= count:
             gram = torch.zeros(width, width, dtype=torch.float64, device=features.device)
             for rows in self.parts:
@@ -163,7 +164,7 @@ class _Problem:
                 gram += z.T @ z
             self.values, basis = torch.linalg.eigh(gram / count)
         else:  # weights lie in the span of the samples
-            z = self._z(slice(None)).double()
+            z = normalized(features, "standard", self.mean, self.std).double()
             self.values, u = torch.linalg.eigh(z @ z.T / count)
             kept = self.values > 1e-10 * self.values[-1]
             self.values, basis = self.values[kept], z.T @ u[:, kept]
@@ -237,7 +238,9 @@ class _Problem:
         return bias
 
     def _z(self, rows: slice) -> Tensor:
-        return normalized(self.features[rows], "standard", self.mean, self.std)
+        """Standardised, until the next are asked for."""
+        some = self.features[rows]
+        return normalized(some, "standard", self.mean, self.std, self.room[: len(some)])
 
     def _loss(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mean loss `(S,)`, in float64, and its gradients."""
@@ -250,7 +253,7 @@ class _Problem:
             z, values = self._z(rows), self.targets.values[rows]
             scores = torch.addmm(start[:, None], flat, z.T).view(*shape, -1)
             total += losses(self.targets.kind, scores, values) * (len(z) / count)
-            d = derivative(self.targets.kind, scores, values).flatten(0, 1)
+            d = derivative(self.targets.kind, scores, None, values).flatten(0, 1)
             to_weight.addmm_(d, z, alpha=self.scale / count)
             to_bias.add_(d.sum(1), alpha=self.scale / count)
         gradient = to_weight.unflatten(0, shape).transpose(0, 1)
@@ -284,11 +287,12 @@ def _varying(targets: Targets) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     Raises:
         DataError: There are none.
     """
-    values, share = targets.values, targets.dense().mean(0)
+    values = targets.values
     if targets.kind == "classes":
-        present = share.nonzero().squeeze(1)
-        values = torch.searchsorted(present, values)
-        return present, (values, torch.full_like(share, NEVER))
+        present = values.bincount(minlength=targets.outputs).nonzero().squeeze(1)
+        bias = values.new_full((targets.outputs,), NEVER, dtype=torch.float32)
+        return present, (torch.searchsorted(present, values), bias)
+    share = targets.dense().mean(0)
     present = ((share > 0) & (share < 1)).nonzero().squeeze(1)
     if not len(present):
         raise DataError("each label is the same for all samples; there is nothing to fit.")

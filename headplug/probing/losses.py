@@ -16,16 +16,18 @@ from headplug.probing.models import Kind
 FLOOR = 1e-20  # of a probability; far below float32's resolution next to 1, far above denormals
 
 
-def derivative(kind: Kind, scores: Tensor, values: Tensor) -> Tensor:
-    """Of each sample's loss with respect to its scores `(K, S, B)`; may use the scores' memory.
+def derivative(kind: Kind, scores: Tensor, room: Tensor | None, values: Tensor) -> Tensor:
+    """Of each sample's loss with respect to its scores `(K, S, B)`.
+
+    It is in the memory of the scores or, for classes, in `room` if that is given.
 
     Probabilities are kept above `FLOOR`: denormal numbers are several times slower on a CPU, and
     this keeps them out of every product without touching the state of the process.
     """
     if kind == "classes":
-        out = scores.softmax(dim=0).clamp_(min=FLOOR)
+        out = torch.softmax(scores, 0, out=room).clamp_(min=FLOOR)
         target = values.expand(1, *scores.shape[1:])
-        return out.scatter_add_(0, target, scores.new_tensor(-1.0).expand_as(target))
+        return out.scatter_add_(0, target, scores.new_full((), -1.0).expand_as(target))
     dense = values.T.to(scores.dtype)[:, None]
     if kind == "multilabel":
         out = scores.sigmoid_().clamp_(min=FLOOR)

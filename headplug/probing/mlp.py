@@ -229,7 +229,7 @@ class _Training:
         """One batch of standardised features `(B, D)`, with the values of its targets."""
         hidden = self.layers.hidden(z)  # (S, B, H)
         scores = self.layers.scores(hidden).permute(2, 0, 1)
-        d = derivative(self.kind, scores.contiguous(), values).permute(1, 2, 0) / len(z)
+        d = derivative(self.kind, scores.contiguous(), None, values).permute(1, 2, 0) / len(z)
         back = (d @ self.layers.weight2).mul_(hidden > 0)
         torch.sum(d, 1, out=self.gradients.bias2)
         torch.bmm(d.transpose(1, 2), hidden, out=self.gradients.weight2)

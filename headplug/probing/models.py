@@ -39,11 +39,16 @@ def blocks(count: int, per_row: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def normalized(rows: Tensor, how: Normalize, mean: Tensor, std: Tensor) -> Tensor:
-    """Rows as a probe sees them: (x - mean) / std, x / ‖x‖ or x, in float32."""
+def normalized(
+    rows: Tensor, how: Normalize, mean: Tensor, std: Tensor, room: Tensor | None = None
+) -> Tensor:
+    """Rows as a probe sees them: (x - mean) / std, in `room` if that is given, x / ‖x‖ or x.
+
+    They are in float32.
+    """
     rows = rows.to(mean.device, torch.float32)
     if how == "standard":
-        return torch.addcmul(-mean / std, rows, 1 / std)
+        return torch.addcmul(-mean / std, rows, 1 / std, out=room)
     return F.normalize(rows, dim=1) if how == "l2" else rows
 
 

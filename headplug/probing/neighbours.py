@@ -118,7 +118,8 @@ class Bank:
         thick = max(ROWS, CELLS // min(self.size, self._step))
         for start in range(0, max(p.queries for p in self._parts), rows):
             mine = queries[start : start + rows]
-            blocks = [self._placed(b, distance, queries, 1) for b in mine.split(thick) if len(b)]
+            room = queries.new_empty(len(mine), len(self._middles[distance]), dtype=torch.float32)
+            blocks = [b for b in self._place(room, mine, distance, 1).split(thick) if len(b)]
             found = [(b.new_empty(len(b), 0), b.new_empty(len(b), 0).long()) for b in blocks]
             for first, piece in self._pieces(distance, queries):
                 for i, block in enumerate(blocks):
@@ -133,30 +134,30 @@ class Bank:
                 yield slice(start, start + len(mine)), far, index
 
     def _pieces(self, distance: str, like: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The whole bank piece by piece, each with the index of its first sample."""
+        """The whole bank piece by piece, each with the index of its first sample.
+
+        A piece is where the one before was.
+        """
         me, before = dist.get_rank(self._group) if self._group else 0, 0
+        most = min(self._step, max(part.size for part in self._parts))
+        room = like.new_empty(most, len(self._middles[distance]), dtype=torch.float32)
         for rank, part in enumerate(self._parts):
             for first in range(0, part.size, self._step):
-                count = min(self._step, part.size - first)
+                piece = room[: part.size - first]
                 if rank == me:
-                    piece = self._placed(self._own[first : first + count], distance, like)
-                else:
-                    width = len(self._middles[distance])
-                    piece = like.new_empty(count, width, dtype=torch.float32)
+                    self._place(piece, self._own[first : first + len(piece)], distance)
                 if self._group:
                     dist.broadcast(piece, group_src=rank, group=self._group)
                 yield before + first, piece
             before += part.size
 
-    def _placed(self, features: Tensor, distance: str, like: Tensor, side: int = 0) -> Tensor:
+    def _place(self, room: Tensor, features: Tensor, distance: str, side: int = 0) -> Tensor:
         """In float32, relative to the middle and small enough for no square to overflow."""
-        middle = self._middles[distance].to(like.device)
-
-        def place(rows: Tensor) -> Tensor:
-            wide = rows.to(like.device).double() * self._factor
-            return (_vectors(wide, distance, side) - middle).float()
-
-        return torch.cat([place(rows) for rows in chunks(features)])
+        middle, parts = self._middles[distance].to(room.device), chunks(features)
+        for to, rows in zip(room.split(len(parts[0])), parts, strict=True):
+            wide = rows.to(room.device).double() * self._factor
+            to.copy_(_vectors(wide, distance, side) - middle)
+        return room
 
 
 def _vectors(features: Tensor, distance: str, side: int = 0) -> Tensor:

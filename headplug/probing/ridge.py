@@ -30,6 +30,7 @@ from headplug.probing.data import (
 from headplug.probing.models import STANDARD, LinearModels, blocks, decided, number, plainly
 
 WEAK = 1e-4  # penalties below it need float64
+PANEL = 128  # features times the rest at a time; thinner products are no faster
 
 
 class RidgeSetting(NamedTuple):
@@ -104,7 +105,7 @@ def fit_ridge(
     for s in settings:
         number(f"penalty in {s}", s.penalty, zero=False)
     with plainly(features.device):
-        middle = _numbers(targets).mean(0)
+        middle = _numbers(targets).mean(0, dtype=torch.float64)
         if width > count:
             found = _by_samples(features, targets, middle)
         else:
@@ -154,31 +155,37 @@ def _by_features(
     """W = V (Λ + λ)⁻¹ Vᵀ (Zᵀ Y / N) with Zᵀ Z / N = V Λ Vᵀ, all from one pass over the features.
 
     They are shifted to about their mean before they are multiplied, so that nothing cancels; sums
-    over blocks are in float64.
+    over blocks are in float64. Of the symmetric product only the upper half is made.
     """
     count, width = features.shape
-    shift = features[:1024].double().mean(0).to(features.dtype)
-    gram = middle.new_zeros(width, width)
-    cross = middle.new_zeros(width, targets.outputs)
+    shift = features[:256].double().mean(0).to(features.dtype)
+    products = middle.new_zeros(width, width + targets.outputs)
     total = middle.new_zeros(width)
-    for rows in blocks(count, width + targets.outputs):
-        x = features[rows].to(dtype) - shift.to(dtype)
-        gram += x.T @ x
-        cross += x.T @ (_numbers(targets[rows]) - middle).to(dtype)
+    parts = list(blocks(count, width + targets.outputs))
+    block = middle.new_empty(min(count, parts[0].stop), width + targets.outputs, dtype=dtype)
+    for rows in parts:
+        both = block[: len(targets[rows])]
+        x, y = both.split([width, targets.outputs], 1)
+        x.copy_(features[rows]).sub_(shift)
+        y.copy_(_numbers(targets[rows]) - middle)
         total += x.sum(0)
+        for first, panel in zip(range(0, width, PANEL), x.split(PANEL, 1), strict=True):
+            products[first : first + PANEL, first:] += panel.T @ both[:, first:]
+    gram, cross = products.split([width, targets.outputs], 1)
     offset = total / count
     mean = shift.double() + offset
-    covariance = gram / count - offset.outer(offset)
+    covariance = gram.div_(count).addr_(offset, offset, alpha=-1)
     std = deviation(covariance.diagonal(), mean)
-    values, left = torch.linalg.eigh(covariance / std.outer(std))
+    values, vectors = torch.linalg.eigh(covariance.div_(std).div_(std[:, None]), UPLO="U")
+    left = vectors / count**0.5
     projection = left / std[:, None]
     start, projection = (-offset @ projection).to(dtype), projection.to(dtype)
 
     def rows_of(rows: slice) -> tuple[Tensor, Tensor]:
         a = torch.addmm(start, features[rows].to(dtype) - shift.to(dtype), projection)
-        return a, a.square() / count
+        return a, a.square()
 
-    right = left.T @ (cross / count / std[:, None])
+    right = left.T @ (cross / std[:, None])
     return _Decomposed(mean, std, values.clamp(min=0), left, right, rows_of)
 
 
@@ -205,18 +212,21 @@ def _left_out(
 ) -> Tensor:
     """Predictions y - residual / (1 - leverage), a block of samples at a time."""
     count, (_, settings, outputs) = len(targets), inner.shape
-    parts = []
-    for rows in blocks(count, len(inner) + settings * outputs):
+    if targets.kind == "classes":
+        left_out = targets.values.new_empty(count, settings)
+    else:
+        left_out = middle.new_empty(count, settings, outputs, dtype=torch.float32)
+    for rows in blocks(count, 2 * len(inner) + settings * outputs):
         a, q = found.rows(rows)
-        rest = 1 - 1 / count - q @ shrink.to(q.dtype)
         y = (_numbers(targets[rows]) - middle).to(a.dtype)[:, None]
-        out = (a @ inner.flatten(1).to(a.dtype)).view(-1, settings, outputs)
-        out = out.sub_(y).div_(rest[:, :, None]).add_(y).add_(middle.to(a.dtype))
-        parts.append(decided(targets.kind, out if targets.kind == "classes" else out.float()))
-    return torch.cat(parts).transpose(0, 1)
+        fitted = (a @ inner.flatten(1).to(a.dtype)).view(-1, settings, outputs)
+        rest = 1 - 1 / count - (shrink.T.to(a.dtype) @ q.T).T  # faster than thin columns
+        out = torch.lerp(y, fitted, rest.reciprocal_()[:, :, None]).add_(middle)
+        left_out[rows] = decided(targets.kind, out)
+    return left_out.transpose(0, 1)
 
 
 def _numbers(targets: Targets) -> Tensor:
     if targets.kind == "regression":
         return targets.values.double()
-    return targets.dense().double().mul_(2).sub_(1)
+    return targets.dense().mul_(2).sub_(1)

@@ -134,10 +134,13 @@ class JointSGD:
         )
         self.velocity = [torch.zeros_like(t) for t in (self.weight, self.bias)]
         rates = torch.tensor(list(grid), dtype=torch.float32, device=device)
-        self.lr, self.decay = rates.repeat(outputs, 1).T  # rows of the weight: (K, S) flattened
-        self.decays = bool(self.decay.any())
+        self.lr, decay = rates.repeat(outputs, 1).T.contiguous()  # rows of the weight: (K, S)
+        self.decay = (decay[:, None], decay) if any(s[1] for s in grid) else None
+        self.factor, rate = 1.0, -self.lr
+        self.rates = (rate[:, None], rate)  # written to, as the weights are
         plateau = training.schedule == "plateau"
         self.plateau = _Plateau(training, rates[:, 0]) if plateau else None
+        self.ones, self.room = self.weight.new_ones(0), self.weight.new_empty(2, 0)
         self.best = torch.full_like(rates[:, 0], math.inf)
         # not finite until an epoch's loss is
         nothing = (torch.full_like(t, math.nan) for t in (self.weight, self.bias))
@@ -149,15 +152,46 @@ class JointSGD:
 
     def step(self, z: Tensor, values: Tensor) -> None:
         """Descends once, on normalised features `(B, D)` and the values of their targets."""
-        scores = self.scores(z)
-        if self.plateau:
-            self.plateau.add(losses(self.kind, scores, values), len(z))
-        d = derivative(self.kind, scores, values).flatten(0, 1)
-        self._descend(self.weight, self.velocity[0], d, z)
-        self._descend(self.bias, self.velocity[1], d, None)
+        factor = self._factor()
+        if factor != self.factor:
+            self.factor = factor
+            torch.mul(self.lr, -factor, out=self.rates[1])
+        self.descend(z, values)
         self.done += 1
         if self.done % self.per_epoch == 0 and self.plateau:
-            self.plateau.end_epoch()
+            torch.neg(self.plateau.end_epoch().repeat(self.shape[0]), out=self.rates[1])
+
+    def descend(self, z: Tensor, values: Tensor) -> None:
+        """What a step does on the device, at the present rates; no value is read from it."""
+        count = z.shape[0]
+        if count != self.ones.shape[0]:
+            self._fit(count)
+        torch.addmm(self.bias[:, None], self.weight, z.T, out=self.flat)
+        scores, room = self.cubes
+        if self.plateau:
+            self.plateau.add(losses(self.kind, scores, values), count)
+        d = derivative(self.kind, scores, room, values).flatten(0, 1)
+        momentum, nesterov = self.training.momentum, self.training.nesterov
+        gradients = [torch.empty_like(v) for v in self.velocity] if nesterov else self.velocity
+        kept = 0.0 if nesterov else momentum
+        torch.addmm(gradients[0], d, z, beta=kept, alpha=1 / count, out=gradients[0])
+        torch.addmv(gradients[1], d, self.ones, beta=kept, alpha=1 / count, out=gradients[1])
+        for i, to in enumerate((self.weight, self.bias)):
+            gradient, velocity = gradients[i], self.velocity[i]
+            if self.decay:
+                gradient.addcmul_(to, self.decay[i])
+            if nesterov:
+                velocity.mul_(momentum).add_(gradient)
+                gradient.add_(velocity, alpha=momentum)
+            to.addcmul_(gradient, self.rates[i])
+
+    def _fit(self, count: int) -> None:
+        """Makes room for a batch of so many samples, once: fresh memory is slow."""
+        size = self.bias.shape[0] * count
+        if size > self.room.shape[1]:
+            self.room = self.room.new_empty(2, size)
+        self.cubes = self.room[:, :size].view(2, *self.shape, count).unbind()
+        self.flat, self.ones = self.cubes[0].flatten(0, 1), self.bias.new_ones(count)
 
     def validated(self, loss: Tensor) -> None:
         """Keeps the weights of those settings whose validation loss `(S,)` is the lowest yet."""
@@ -171,27 +205,6 @@ class JointSGD:
         """Weights `(S, K, D)` and biases `(S, K)`."""
         weight, bias = self.kept or (self.weight, self.bias)
         return weight.unflatten(0, self.shape).transpose(0, 1), bias.view(self.shape).T
-
-    def _descend(self, to: Tensor, velocity: Tensor, d: Tensor, z: Tensor | None) -> None:
-        momentum = self.training.momentum
-        nesterov = self.training.nesterov
-        gradient = torch.empty_like(velocity) if nesterov else velocity
-        kept = 0.0 if nesterov else momentum
-        if z is None:
-            gradient.mul_(kept).add_(d.mean(1)) if kept else torch.mean(d, 1, out=gradient)
-        else:
-            torch.addmm(gradient, d, z, beta=kept, alpha=1 / d.shape[1], out=gradient)
-        column = (-1, 1) if to.ndim == 2 else (-1,)
-        if self.decays:
-            gradient.addcmul_(to, self.decay.view(column))
-        if nesterov:
-            velocity.mul_(momentum).add_(gradient)
-            gradient.add_(velocity, alpha=momentum)
-        if self.plateau:
-            rates = self.plateau.lr.repeat(self.shape[0])
-            to.addcmul_(gradient, rates.view(column), value=-1)
-        else:
-            to.addcmul_(gradient, self.lr.view(column), value=-self._factor())
 
     def _factor(self) -> float:
         epoch = self.done // self.per_epoch
@@ -221,8 +234,8 @@ class _Plateau:
         self.loss += loss * count
         self.count += count
 
-    def end_epoch(self) -> None:
-        """Lowers the rates of settings that have stopped to improve."""
+    def end_epoch(self) -> Tensor:
+        """The rates `(S,)`, lower for settings that have stopped to improve."""
         loss = self.loss / self.count
         better = loss < self.best * (1 - 1e-4)
         self.best = loss.where(better, self.best)
@@ -232,6 +245,7 @@ class _Plateau:
         self.lr = lower.where(stuck & (self.lr - lower > 1e-8), self.lr)
         self.bad.masked_fill_(stuck, 0)
         self.loss, self.count = torch.zeros_like(loss), 0
+        return self.lr
 
 
 def started(init: Init, outputs: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
