@@ -1,8 +1,9 @@
 """The block `headplug:` of a solo-learn config: read, checked, and recorded in full.
 
 A mistake in it must stop the run before training: solo-learn itself ignores keys that it does not
-know. What is recorded is the whole head, so that an evaluation script builds it again from
-`args.json` without the user's files, and two runs are taken for one only if their heads are equal.
+know. Beside the head, `probe:` says which layers to read during training. What is recorded is the
+whole head, so that an evaluation script builds it again from `args.json` without the user's files,
+and two runs are taken for one only if their heads are equal.
 """
 
 from __future__ import annotations
@@ -21,9 +22,20 @@ from headplug.errors import HeadplugError, OptionError, unknown
 from headplug.heads import AEEmbeddingHead, describe_head, list_heads
 from headplug.swap.records import KEY
 
-KEYS = ("head", "slot", "weights_sha256")
+KEYS = ("head", "slot", "probe", "weights_sha256")
+NAMES: tuple[type, ...] = (str, list)
+PROBE_KEYS: dict[str, tuple[type, ...]] = {  # and what LayerProbe itself does not check
+    "taps": (*NAMES, Mapping),
+    "probes": NAMES,
+    "diagnostics": NAMES,
+    "every_n_epochs": (object,),
+    "every_n_steps": (object,),
+    "max_fraction_of_time": (object,),
+    "seed": (int,),
+}
 ENVIRONMENT = "HEADPLUG_SOLO"  # the block as JSON, where a script has no config to hold it
 EXAMPLE = "headplug: {head: {name: ae_embedding, weights: ae.safetensors}}"
+PROBE_EXAMPLE = "headplug: {probe: {taps: [backbone, projection], every_n_epochs: 5}}"
 
 Block = dict[str, Any]
 
@@ -58,6 +70,47 @@ def read_block(config: Any, loading: bool = False) -> Block | None:
     Raises:
         OptionError, UnknownNameError: A key is misspelt, missing or at the wrong place.
     """
+    block = _given(config)
+    if isinstance(block, Mapping):
+        probed, block = "probe" in block, {k: v for k, v in block.items() if k != "probe"}
+        if block == {"head": None} or (probed and not block):
+            return None
+    return None if block is None else _checked(block, loading)
+
+
+def read_probe(config: Any) -> Block | None:
+    """What a run asks for under `headplug.probe:`; None if nothing.
+
+    It changes no weights, so it is no part of what is recorded, or compared when a run resumes.
+
+    Args:
+        config: As in `read_block`.
+
+    Returns:
+        Options of `headplug.callbacks.LayerProbe`; its `at` is called `taps`.
+
+    Raises:
+        OptionError: It is no block, a key is misspelt, or a value is of no such kind.
+    """
+    block = _given(config)
+    probe = block.get("probe") if isinstance(block, Mapping) else None
+    if probe is None:
+        return None
+    if not isinstance(probe, Mapping):
+        raise OptionError(
+            f"`{KEY}.probe` must hold a block, not {probe!r}. Example: {PROBE_EXAMPLE}."
+        )
+    hint = f"Example: {PROBE_EXAMPLE}."
+    for key, value in probe.items():
+        if key not in PROBE_KEYS:
+            raise OptionError(str(unknown(f"key under `{KEY}.probe:`", str(key), PROBE_KEYS, hint)))
+        if value is not None and not isinstance(value, PROBE_KEYS[key]):
+            raise OptionError(f"`{KEY}.probe.{key}` cannot be {value!r}. {hint}")
+    return {k: v for k, v in probe.items() if v is not None or k == "max_fraction_of_time"}
+
+
+def _given(config: Any) -> Any:
+    """The block as it was written, in the config or through `headplug-solo --headplug`."""
     block = None
     if config is not None:
         _refuse_misspelt(config)
@@ -68,9 +121,7 @@ def read_block(config: Any, loading: bool = False) -> Block | None:
                 "the config has a block `headplug:` already. Leave --headplug out, or the block."
             )
         block = json.loads(os.environ[ENVIRONMENT])
-    if block is None or block == {"head": None}:
-        return None
-    return _checked(block, loading)
+    return block
 
 
 def record(block: Block, head: Mapping[str, Any], slot: str) -> Block:
@@ -140,7 +191,7 @@ def _checked(block: Any, loading: bool) -> Block:
     for key in block:
         if key not in KEYS:
             hint = f"A head's own options stand under `head:`, e.g. {EXAMPLE}."
-            raise OptionError(str(unknown("key under `headplug:`", str(key), KEYS[:2], hint)))
+            raise OptionError(str(unknown("key under `headplug:`", str(key), KEYS[:3], hint)))
     head, slot = block.get("head"), block.get("slot")
     if isinstance(head, str):
         head = {"name": head}

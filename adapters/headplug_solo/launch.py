@@ -31,6 +31,7 @@ loads) asks for in a block `headplug:`. Where a script has no config, give the b
   headplug-solo main_knn.py --pretrained_checkpoint_dir DIR ...
   headplug-solo --headplug head.name=reweighting --headplug head.kappa=1.02 train.py ...
   headplug-solo --headplug head.yaml train.py ...
+  headplug-solo --headplug probe.every_n_epochs=5 --headplug probe.probes=[knn,ridge] train.py ...
 """
 
 
@@ -143,7 +144,7 @@ def _block(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _refuse_idle(script: str) -> None:
-    if not any(made):
+    if not made:
         raise HeadplugError(
             f"{script} made no solo-learn method, so --headplug changed nothing. Give it a script "
             "that does, or leave --headplug out."

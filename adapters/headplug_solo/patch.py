@@ -1,4 +1,4 @@
-"""Swapping the head of every solo-learn method at the end of its construction.
+"""Swapping the head of every solo-learn method at the end of its construction, and probing it.
 
 solo-learn makes a model, then its optimiser, data-parallel copies and checkpoints from what it then
 has, so the end of `__init__` is early enough for all of them. Without a block `headplug:` in the
@@ -29,7 +29,16 @@ from headplug.swap.records import (
     refuse_unrecorded,
     unlike,
 )
-from headplug_solo.config import EXAMPLE, Block, hydra_config, merged, read_block, record
+from headplug_solo.config import (
+    EXAMPLE,
+    Block,
+    hydra_config,
+    merged,
+    read_block,
+    read_probe,
+    record,
+)
+from headplug_solo.layers import Images, attach, layer_probe
 
 KNN = (
     "solo-learn's kNN classifier does not run on torchmetrics 0.12 or newer, with or without "
@@ -37,6 +46,7 @@ KNN = (
 )
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 MARK = "_takes_heads_of_headplug"
+PROBE = "_layer_probe_of_headplug"
 
 _loading: ContextVar[bool] = ContextVar("loading", default=False)
 made: list[Block | None] = []  # the head of each method made in this process, None for its own
@@ -107,11 +117,11 @@ def _arm_root(root: Any) -> None:
 
 
 def _adopt(cls: Any) -> None:
-    """Adds the swap, and its record in checkpoints, to the class of a model about to be made."""
+    """Adds the swap, its record in checkpoints and the probe to the class of a model to be made."""
     if MARK in vars(cls):
         return
     init, save, load = cls.__init__, cls.on_save_checkpoint, cls.on_load_checkpoint
-    signature = inspect.signature(init)
+    configure, signature = cls.configure_callbacks, inspect.signature(init)
 
     @functools.wraps(init)
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +131,7 @@ def _adopt(cls: Any) -> None:
         init(self, *args, **kwargs)
         # a subclass goes on constructing; a model that is loaded takes its checkpoint's head
         if type(self) is cls and not _loading.get():
-            _swap_configured(self, getattr(self, "cfg", given))
+            _swap_configured(self, getattr(self, "cfg", given), kwargs)
 
     @functools.wraps(save)
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
@@ -137,16 +147,29 @@ def _adopt(cls: Any) -> None:
             raise _brief(error) from None
         load(self, checkpoint)
 
+    @functools.wraps(configure)
+    def configure_callbacks(self: Any) -> Any:
+        if type(self) is cls and PROBE in vars(self):
+            attach(self.trainer, layer_probe(*vars(self)[PROBE]))
+        return configure(self)
+
     construct.__signature__ = signature  # type: ignore[attr-defined]  # Lightning looks no deeper
     cls.__init__ = construct
     cls.on_save_checkpoint = on_save_checkpoint
     cls.on_load_checkpoint = on_load_checkpoint
+    cls.configure_callbacks = configure_callbacks
     setattr(cls, MARK, True)
 
 
-def _swap_configured(model: Any, config: Any) -> None:
+def _swap_configured(model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
     asked = ""
     try:
+        options = read_probe(config)  # before the record takes the place of the block
+        if options is not None:
+            asked_for = options, Images.of(config, arguments)
+            taps = layer_probe(*asked_for).at  # finds what is wrong with it now
+            setattr(model, PROBE, asked_for)
+            _say(f"LayerProbe reads {', '.join([taps] if isinstance(taps, str) else taps)}.")
         block = read_block(config)
         if block is not None:
             asked = " ".join(f"{KEY}.head.{k}={v}" for k, v in block["head"].items())

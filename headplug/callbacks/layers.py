@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from headplug.callbacks.budget import Budget
 from headplug.callbacks.lightning import callback_bases
 from headplug.callbacks.once import once
-from headplug.callbacks.reading import opened, reading
+from headplug.callbacks.reading import opened, reading, usable
 from headplug.callbacks.trial import try_labels
 from headplug.diagnostics import DEFINITIONS, diagnose
 from headplug.errors import DataError, OptionError, unknown
@@ -58,9 +58,10 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
     it: give LayerProbe a copy. And what a forward keeps in plain attributes of modules, neither
     buffers nor parameters, stays as a run leaves it.
 
-    What is wrong with the request or the data raises, at the latest in the first run. A later run
-    that cannot use features, as of a model that diverged, is warned of and logged as NaN, and
-    training goes on; an EarlyStopping that watches it stops, as `check_finite` says.
+    What is wrong with the request or the data raises, at the latest in the first run. A tap whose
+    features hold NaN or infinity is warned of and logged as NaN, and so are all in a later run that
+    can use none, as of a model that diverged; training goes on, and an EarlyStopping that watches
+    such a number stops, as `check_finite` says.
 
     Args:
         train: Samples with labels that probes are fitted to: a DataLoader, any iterable of batches
@@ -86,8 +87,8 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
     Attributes:
         history: A dict a run of this fit: epoch, step (optimiser steps done), seconds, and all that
             was logged. It goes on when a checkpoint is resumed.
-        report: The whole `LayerReport` of the last run in this process that was not NaN, if there
-            are probes.
+        report: The whole `LayerReport` of the last run in this process that was not NaN, of the
+            taps that were not, if there are probes.
 
     Raises:
         UnknownNameError: There is no such probe or diagnostic; or, when the trainer starts, a point
@@ -216,56 +217,55 @@ class LayerProbe(*callback_bases()):  # type: ignore[misc]
             logger.save()
 
     def _values(self, trainer: Any, pl_module: Any) -> dict[str, float]:
-        """What a run finds, on every process; NaN if it cannot use features that it once could."""
-        lost: list[str] = []
+        """What a run finds, on every process; NaN where it cannot use features."""
 
-        def work() -> dict[str, float]:
+        def work() -> tuple[dict[str, float], str]:
             try:
                 return self._run(trainer, pl_module)
             except DataError as error:
                 if not self.history:
                     raise
-                lost.append(str(error))
-                return dict.fromkeys(self._logged(self.history[-1]), math.nan)
+                return dict.fromkeys(self._logged(self.history[-1]), math.nan), f": {error}"
 
         with once(self._said), team() as ranks:
-            values = ranks.each(work)[0]
-        if lost and trainer.is_global_zero:
-            step = trainer.global_step
-            warnings.warn(
-                f"LayerProbe {self.name!r} is NaN at step {step}: {lost[0]}", stacklevel=2
-            )
+            values, why = ranks.each(work)[0]
+            if why and trainer.is_global_zero:
+                said = f"LayerProbe {self.name!r} is NaN at step {trainer.global_step}{why}"
+                warnings.warn(said, stacklevel=2)
         return values
 
-    def _run(self, trainer: Any, pl_module: Any) -> dict[str, float]:
-        """What is to be logged."""
+    def _run(self, trainer: Any, pl_module: Any) -> tuple[dict[str, float], str]:
+        """What is to be logged, and where and why it is NaN."""
         with same_random_state(None):
             with reading(trainer, pl_module) as read:
                 stores = [read(data, self.at) for data in self._data.values()]
+            taps = stores[0].points
+            stores, why = usable(dict(zip(self._data, stores, strict=True)))
             if not self.probes:
-                return self._named([], diagnose(stores[0], device=pl_module.device))
+                return self._named(taps, [], diagnose(stores[0], device=pl_module.device)), why
             train, test = stores
             self.report = probe_layers(
                 train, test, self.probes, seed=self.seed, device=pl_module.device, distributed=True
             )
-        return self._named(self.report.rows, self.report.spectra)
+        return self._named(taps, self.report.rows, self.report.spectra), why
 
-    def _named(self, rows: Sequence[Row], spectra: Sequence[Row]) -> dict[str, float]:
-        """The numbers of a run by the names that they are logged under."""
-        found: dict[str, float] = {}
-        by_probe: dict[str, dict[str, float]] = {}
+    def _named(
+        self, taps: Sequence[str], rows: Sequence[Row], spectra: Sequence[Row]
+    ) -> dict[str, float]:
+        """The numbers of a run by the names that they are logged under; NaN for other taps."""
+        probes = {row["probe"]: f"{row['probe']}_{row['metric']}" for row in rows}
+        by_tap: dict[str, dict[str, float]] = {tap: {} for tap in taps}
         for row in rows:
-            tap, probe, metric = row["tap"], row["probe"], row["metric"]
-            found[f"{self.name}/{tap}/{probe}_{metric}"] = row[metric]
-            by_probe.setdefault(probe, {})[tap] = row[metric]
+            by_tap[row["tap"]][probes[row["probe"]]] = row[row["metric"]]
         for row in spectra:
-            for diagnostic in self.diagnostics:
-                value = math.nan if row[diagnostic] is None else float(row[diagnostic])
-                found[f"{self.name}/{row['tap']}/{diagnostic}"] = value
-        for probe, by_tap in by_probe.items():
-            if by_tap.keys() >= set(HEAD_POINTS):
-                before, behind = (by_tap[tap] for tap in HEAD_POINTS)
-                found[f"{self.name}/gap/{probe}"] = before - behind
+            told = {d: math.nan if row[d] is None else float(row[d]) for d in self.diagnostics}
+            by_tap[row["tap"]] |= told
+        nothing = dict.fromkeys([*probes.values(), *self.diagnostics], math.nan)
+        by_tap = {tap: nothing | numbers for tap, numbers in by_tap.items()}
+        found = {f"{self.name}/{tap}/{n}": v for tap in taps for n, v in by_tap[tap].items()}
+        if by_tap.keys() >= set(HEAD_POINTS):
+            before, behind = (by_tap[tap] for tap in HEAD_POINTS)
+            found |= {f"{self.name}/gap/{p}": before[n] - behind[n] for p, n in probes.items()}
         return found
 
     def _show(self, trainer: Any, pl_module: Any, values: dict[str, Any]) -> None:

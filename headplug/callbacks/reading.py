@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from headplug.errors import DataError
+from headplug.probing.data import check_finite
+from headplug.store import FeatureStore
 from headplug.store.extract import extract_features
 from headplug.taps.modes import untouched
 
@@ -46,6 +48,34 @@ def reading(trainer: Any, pl_module: Any) -> Iterator[Callable[..., Any]]:
     cast = partial(_cast, dtype=pl_module.dtype)
     with untouched(pl_module), trainer.precision_plugin.val_step_context():
         yield partial(extract_features, pl_module, transform=cast)
+
+
+def usable(stores: Mapping[str, FeatureStore]) -> tuple[list[FeatureStore], str]:
+    """The same stores without the taps that are not finite in all of them, if any tap is.
+
+    Args:
+        stores: By what data they are of, all of the same taps.
+
+    Returns:
+        And what was left out, and why; "" if nothing was.
+
+    >>> features = {"a": torch.zeros(2, 1), "b": torch.full((2, 1), torch.nan)}
+    >>> usable({"train": FeatureStore.from_tensors(features)})[0]
+    [FeatureStore(2 samples; a: 1)]
+    """
+    given = list(stores.values())
+    lost: dict[str, str] = {}
+    for what, store in stores.items():
+        for tap in store.points:
+            try:
+                check_finite(store[tap])
+            except DataError as error:
+                lost.setdefault(tap, f"in {what}, {error}")
+    kept = [tap for tap in given[0].points if tap not in lost]
+    if not (lost and kept):
+        return given, ""
+    found = [FeatureStore.from_tensors({t: s[t] for t in kept}, s.labels, s.ids) for s in given]
+    return found, f" for {', '.join(map(repr, lost))}: {next(iter(lost.values()))}"
 
 
 def _cast(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,16 +33,25 @@ def check_features(features: Tensor) -> Tensor:
     features = features.detach()
     if not features.is_floating_point():
         features = features.float()
+    check_finite(features)
+    return features
+
+
+def check_finite(features: Tensor) -> None:
+    """Refuses features `(N, ...)` that hold NaN or infinity.
+
+    Raises:
+        DataError: They do.
+    """
     if torch.isfinite(features.sum(dtype=torch.promote_types(features.dtype, torch.float32))):
-        return features  # one pass; a sum that only overflows is looked at more closely
-    finite = torch.isfinite(features).all(dim=1)
+        return  # one pass; a sum that only overflows is looked at more closely
+    finite = torch.isfinite(features).flatten(1).all(dim=1)
     if not finite.all():
         bad = len(finite) - int(finite.sum())
         raise DataError(
             f"{bad} of {len(features)} samples hold NaN or infinity, the first at row "
             f"{int(finite.int().argmin())}. Leave them out, or look for a model that diverged."
         )
-    return features
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +157,7 @@ def mean_and_std(features: Tensor) -> tuple[Tensor, Tensor]:
     tensor([1., 1.], dtype=torch.float64)
     """
     kind = torch.promote_types(features.dtype, torch.float32)
-    count, shift = len(features), features[:1024].double().mean(0).to(kind)
+    count, shift = len(features), features[:256].double().mean(0).to(kind)
     total, squares = torch.zeros(2, features.shape[1], dtype=torch.float64, device=shift.device)
     for block in chunks(features):
         x = block.to(kind) - shift
@@ -198,6 +207,73 @@ def stratified_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
     out[torch.cat(held)] = True
     out = out.to(labels.device)
     return (~out).nonzero().squeeze(1), out.nonzero().squeeze(1)
+
+
+def multilabel_split(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The same for labels of which any may hold: each is divided in about the same proportion.
+
+    Samples are dealt by their rarest label, to the side that lacks it most (Sechidis, Tsoumakas and
+    Vlahavas 2011, "On the stratification of multi-label data"). Each label of two or more samples
+    comes to both sides, unless that took another away.
+
+    Args:
+        labels: Which hold for each sample `(N, K)`, bool.
+        fraction: Of each label to hold out.
+        seed: Of the draw.
+
+    Returns:
+        As `stratified_split`.
+
+    Raises:
+        DataError: No label has two samples.
+
+    >>> labels = torch.eye(3).repeat(2, 1).bool()
+    >>> fit, held = multilabel_split(labels, 0.2)
+    >>> labels[held].sum(0)
+    tensor([1, 1, 1])
+    """
+    count, generator = len(labels), torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator, device="cpu")
+    own: list[list[int]] = [[] for _ in range(count)]
+    members: list[list[int]] = [[] for _ in range(labels.shape[1])]
+    for i, k in labels.cpu()[order].nonzero().tolist():
+        own[i].append(k)
+        members[k].append(i)
+    totals = [len(rows) for rows in members]
+    if max(totals) < 2:
+        raise DataError("no label has two samples, so none can be held out; give more samples.")
+    shares = [min(max(fraction * n, 1), n - 1) if n > 1 else 0 for n in totals]
+    lacks = [[n - share for n, share in zip(totals, shares, strict=True)], shares]
+    room = [(1 - fraction) * count, fraction * count]
+    left, on, side = list(totals), [[0] * len(totals), [0] * len(totals)], [-1] * count
+
+    def deal(i: int, to: int) -> None:
+        side[i] = to
+        room[to] -= 1
+        for k in own[i]:
+            lacks[to][k] -= 1
+            on[to][k] += 1
+            left[k] -= 1
+
+    while any(left):
+        rarest = min((k for k, n in enumerate(left) if n), key=left.__getitem__)
+        for i in members[rarest]:
+            if side[i] < 0:
+                deal(i, max((0, 1), key=lambda to: (lacks[to][rarest], room[to])))
+    for i in range(count):
+        if side[i] < 0:
+            deal(i, max((0, 1), key=room.__getitem__))
+    for k, rows in enumerate(members):  # what was dealt by rarer labels alone
+        for i in rows:
+            there = side[i]
+            spare = all(on[there][o] > 1 or totals[o] == 1 for o in own[i])
+            if totals[k] > 1 and not on[1 - there][k] and spare:
+                for o in own[i]:
+                    on[there][o] -= 1
+                    on[1 - there][o] += 1
+                side[i] = 1 - there
+    out = torch.tensor(side, device="cpu")[order.argsort()].to(labels.device)
+    return (out == 0).nonzero().squeeze(1), (out == 1).nonzero().squeeze(1)
 
 
 def shuffled_classes(labels: Tensor, seed: int) -> tuple[Tensor, ...]:

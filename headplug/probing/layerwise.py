@@ -65,8 +65,8 @@ def probe_layers(
         protocol: Whose way to evaluate; `headplug.probing.PROTOCOLS` has all, and printing one
             shows its whole setting.
         select_on: "held-out" part of train, or "test", which every output then says.
-        held_out: Part of train that settings are chosen on, of each class alike. A class of one
-            sample is not held out.
+        held_out: Part of train that settings are chosen on, of each class or label alike. A class
+            of one sample is not held out.
         seed: Of the part held out, of the draws and of the order of training.
         device: "auto" takes a GPU where there is one.
         distributed: Whether all processes of torch.distributed make this call and share the taps;

@@ -39,8 +39,9 @@ class LayerReport:
         rows: One dict a tap, task and probe, taps in depth order: tap, task, probe, shots (None for
             all training samples), setting (a dict), metric ("accuracy", "mAP" or "r2"), its value
             under that name, low and high (95% interval over the test samples: Wilson's for an
-            accuracy, else a bootstrap's), its value on the samples that the setting was chosen on
-            (under "val_" and the name), selected_on (which these are), n_test.
+            accuracy, else `headplug.probing.intervals.score_interval`'s), its value on the samples
+            that the setting was chosen on (under "val_" and the name), selected_on (which these
+            are), n_test.
         spectra: One dict a tap, of its training features; see `headplug.diagnostics.DEFINITIONS`.
         grids: One dict a row: every setting with its value on what it was chosen on.
         profile: How the head weights features, `headplug.diagnostics.weight_profile` from

@@ -17,6 +17,7 @@ from headplug.probing.data import (
     Targets,
     as_targets,
     check_features,
+    multilabel_split,
     shuffled_classes,
     stratified_split,
 )
@@ -201,7 +202,13 @@ def _task(name: str, train: Any, test: Any, rule: ProbeProtocol, seed: int) -> T
     basis = f"{rule.held_out:.0%} of train, held out"
     if known.kind == "classes":
         return _classes(name, where, labels, basis, rule, seed)
-    fit, held = stratified_split(torch.zeros(len(known)).long(), rule.held_out, seed)
+    try:
+        if known.kind == "multilabel":
+            fit, held = multilabel_split(known.values, rule.held_out, seed)
+        else:
+            fit, held = stratified_split(torch.zeros(len(known)).long(), rule.held_out, seed)
+    except DataError as error:
+        raise DataError(f"{where}{error}") from None
     if known.kind == "regression":  # in units of train, which changes no R²
         mean, std = known.values.double().mean(0), known.values.double().std(0, correction=0)
         std = std.masked_fill(std == 0, 1)

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from headplug.probing.data import Targets
-from headplug.probing.intervals import bootstrap, bootstrap_scores, quantiles, wilson_interval
+from headplug.probing.intervals import (
+    bootstrap,
+    bootstrap_scores,
+    score_interval,
+    wilson_interval,
+)
 from headplug.probing.metrics import METRICS, score
 from headplug.probing.probes import Predict, Probe
 from headplug.probing.protocols import ProbeProtocol
@@ -96,8 +101,9 @@ class Trial(NamedTuple):
         test, metric = self.task.test, METRICS[self.task.test.kind]
         result = result.cpu()
         if test.kind != "classes":
-            value = float(score(result[None], test.to(result.device))[0])
-            low, high = quantiles(bootstrap_scores(result[None], test.to(result.device))[0])
+            test = test.to(result.device)
+            value = float(score(result[None], test)[0])
+            low, high = score_interval(value, bootstrap_scores(result[None], test)[0], test)
         else:
             value = float(result.double().mean())
             alone = len(result) == 1

@@ -416,10 +416,52 @@ def test_a_model_that_diverges_is_logged_as_nan_and_trains_on(probes: Any) -> No
     assert all(map(math.isfinite, first.values()))
     assert [row.keys() for row in others] == [first.keys()] * 2
     assert all(math.isnan(v) for row in others for v in row.values())
-    assert sum("is NaN at step" in str(w.message) for w in said) == 2
+    assert sum("is NaN at step" in str(w.message) for w in said) == 1
     assert math.isnan(trainer.callback_metrics["probe/projection/rankme"])
     with pytest.raises(DataError, match="NaN or infinity"):
         fit(lightning, built(simclr, lightning), probe(probes=probes), Diverging(3))
+
+
+class Spoiling(lightning.Callback):
+    """Writes NaN into the head for the time of a run, after some epochs."""
+
+    def __init__(self, *epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.weight = module.projection_head.layers[0].weight
+        self.kept = self.weight.detach().clone()
+        if trainer.current_epoch in self.epochs:
+            nn.init.constant_(self.weight, torch.nan)
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch:
+            self.weight.data.copy_(self.kept)
+
+
+@pytest.mark.parametrize("probes", [["knn", "ridge"], ()])
+def test_a_tap_that_is_nan_takes_no_other_with_it(probes: Any) -> None:
+    def run(*epochs: int) -> list[dict[str, Any]]:
+        random.seed(1)
+        numpy.random.seed(1)
+        layers = probe(probes=probes)
+        fit(lightning, built(simclr, lightning), Spoiling(*epochs), layers, max_epochs=3)
+        return [numbers(row) for row in layers.history]
+
+    expected = run()
+    for epochs in ((1, 2), (0,)):
+        with pytest.warns(UserWarning, match="'probe' is NaN at step") as said:
+            found = run(*epochs)
+        words = [str(w.message) for w in said if "is NaN" in str(w.message)]
+        assert len(words) == 1
+        assert f"step {6 * epochs[0] + 6} for 'projection': in train, 48 of 48 samples" in words[0]
+        for epoch, (row, other) in enumerate(zip(found, expected, strict=True)):
+            assert list(row) == list(other)
+            lost = {n for n in row if "/gap/" in n or "/projection/" in n}
+            assert {n for n, v in row.items() if math.isnan(v)} == (
+                lost if epoch in epochs else set()
+            )
+            assert all(row[n] == other[n] for n in row.keys() - lost)
 
 
 def test_what_probes_warn_of_is_said_once() -> None:

@@ -39,8 +39,11 @@ class SimCLR(pl.LightningModule):
         self.backbone = nn.Sequential(*layers)
         self.projection_head = SimCLRProjectionHead(12, 16, 8)
         self.criterion = NTXentLoss(gather_distributed=True)
+        self.side = nn.Identity()
+        self.factor = 1.0
 
     def forward(self, x):
+        self.side(x * self.factor)
         return self.projection_head(self.backbone(x))
 
     def training_step(self, batch, index):
@@ -73,6 +76,7 @@ if __name__ == "__main__":
         # what the second process finds is not asked
         "first has time": LayerProbe(Padded(), test, every_n_steps=2, name="time"),
         "second has time": LayerProbe(data(61, 0), test, every_n_steps=2, name="no time"),
+        "half": LayerProbe(data(61, 0), test, ["backbone", "side"], name="half"),
     }
     keep = pl.callbacks.ModelCheckpoint(folder, monitor="every/gap/knn", mode="max")
 
@@ -81,6 +85,10 @@ if __name__ == "__main__":
             own = trainer.global_rank == 0
             layers["first has time"]._budget.fraction = 1.0 if own else 1e-9
             layers["second has time"]._budget.fraction = 1e-9 if own else 1.0
+            layers["half"]._budget.fraction = None
+
+        def on_train_epoch_end(self, trainer, module):
+            module.factor = float("nan") if trainer.current_epoch else 1.0
 
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
@@ -127,6 +135,11 @@ def test_two_processes_log_what_one_would_and_skip_together(tmp_path: Path) -> N
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
     histories = [{k: values(v) for k, v in rank["history"].items()} for rank in ranks]
+    half = [h.pop("half") for h in histories]
+    assert repr(half[0]) == repr(half[1])
+    side = {"half/side/knn_accuracy", "half/side/rankme"}
+    lost = [{n for n, v in row.items() if v != v} for row in half[0]]
+    assert lost == [set(), side]
     assert histories[0] == histories[1]
     assert [row["step"] for row in histories[0]["every"]] == [4, 8]
     assert [row["step"] for row in histories[0]["first has time"]] == [2, 4, 6, 8]

@@ -15,8 +15,10 @@ from headplug.probing.intervals import (
     paired_hits,
     paired_scores,
     quantiles,
+    score_interval,
     wilson_interval,
 )
+from headplug.probing.metrics import score
 
 RNG = np.random.default_rng(0)
 
@@ -91,6 +93,68 @@ def test_a_rare_label_gives_an_interval_and_a_warning():
     with pytest.warns(UserWarning, match="resamples"):
         low, high = quantiles(bootstrap_scores(predicted, Targets("multilabel", truth, 1)))
     assert 0 <= low <= high <= 1
+
+
+def labels_and_scores(count, prevalence, rng):
+    truth = rng.random((count, len(prevalence))) < prevalence
+    scores = rng.normal(size=truth.shape) + 1.5 * truth
+    return torch.from_numpy(scores), torch.from_numpy(truth)
+
+
+def numbers_and_predictions(count, outputs, rng):
+    predicted = rng.exponential(size=(count, len(outputs)))
+    errors = rng.normal(size=predicted.shape) * (0.2 + predicted / 2)
+    return torch.from_numpy(predicted), torch.from_numpy(predicted + errors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "draw", "columns", "gain"),
+    [
+        ("multilabel", labels_and_scores, np.array([0.1, 0.15, 0.2, 0.3, 0.4, 0.5]), 0.08),
+        ("regression", numbers_and_predictions, np.arange(4), 0.04),
+    ],
+)
+def test_intervals_of_scores_cover_where_percentiles_do_not(kind, draw, columns, gain):
+    def measure(count, rng):
+        predicted, truth = draw(count, columns, rng)
+        targets = Targets(kind, truth, len(columns))
+        return targets, predicted[None], float(score(predicted[None], targets)[0])
+
+    _, _, expected = measure(400_000, np.random.default_rng(1))
+    covered = np.zeros(2)
+    widths, values = [], []
+    for seed in range(150):
+        targets, predicted, value = measure(60, np.random.default_rng(seed))
+        resampled = bootstrap_scores(predicted, targets)[0]
+        both = score_interval(value, resampled, targets), quantiles(resampled)
+        assert both[0][0] <= value <= both[0][1]
+        covered += [low <= expected <= high for low, high in both]
+        widths.append(both[0][1] - both[0][0])
+        values.append(value)
+    ours, percentiles = covered / 150
+    assert ours >= 0.9
+    assert ours >= percentiles + gain
+    assert np.mean(widths) < 1.5 * 3.92 * np.std(values)
+
+
+def test_an_interval_of_many_samples_is_that_of_percentiles():
+    predicted, truth = labels_and_scores(4000, np.array([0.3]), np.random.default_rng(0))
+    numbers = Targets("regression", truth.double(), 1)
+    for targets in (Targets("multilabel", truth, 1), numbers):
+        predicted = predicted / 4 + 0.1
+        value = float(score(predicted[None], targets)[0])
+        resampled = bootstrap_scores(predicted[None], targets)[0]
+        found = score_interval(value, resampled, targets)
+        assert found == pytest.approx(quantiles(resampled), abs=0.004)
+
+
+def test_an_interval_of_what_is_all_right_is_no_point_for_labels():
+    truth = torch.arange(40)[:, None] < 10
+    targets = Targets("multilabel", truth, 1)
+    low, high = score_interval(1.0, [1.0] * 500, targets)
+    assert high == 1.0
+    assert low < wilson_interval(1.0, 10)[0]
+    assert score_interval(1.0, [1.0] * 9, Targets("regression", truth.double(), 1))[1] == 1.0
 
 
 def test_paired_scores_are_surer_than_two_intervals():

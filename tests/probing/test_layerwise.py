@@ -10,7 +10,9 @@ from sklearn.preprocessing import StandardScaler
 
 from headplug.errors import DataError, OptionError, UnknownNameError
 from headplug.probing import LayerReport, LinearSetting, layerwise, probe_layers
-from headplug.probing.data import stratified_split
+from headplug.probing.data import multilabel_split, stratified_split
+from headplug.probing.protocols import PROTOCOLS
+from headplug.probing.tasks import views
 
 PROBES = ("knn", "linear", "ridge")
 
@@ -210,3 +212,41 @@ def test_split_is_stratified_complete_and_leaves_every_class_on_both_sides(fract
     assert set(labels[held].tolist()) == {0, 1, 2}
     share = int((labels[held] == 0).sum())
     assert share == min(max(round(100 * fraction), 1), 99)
+
+
+@pytest.mark.parametrize(("fraction", "gain"), [(0.2, 1.4), (0.5, 2.5)])
+def test_split_of_labels_leaves_each_on_both_sides_in_its_proportion(fraction, gain):
+    off = random = 0.0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        count = int(torch.randint(20, 200, (), generator=generator))
+        chances = torch.rand(25, generator=generator) ** 3
+        labels = torch.rand(count, 25, generator=generator) < chances
+        labels[:, 0] = torch.arange(count) < 2
+        totals = labels.sum(0)
+        fit, held = multilabel_split(labels, fraction, seed)
+        assert torch.equal(torch.cat([fit, held]).sort().values, torch.arange(count))
+        assert torch.equal(held, multilabel_split(labels, fraction, seed)[1])
+        assert not torch.equal(held, multilabel_split(labels, fraction, seed + 1)[1])
+        assert abs(len(held) - fraction * count) <= 0.05 * count + 12
+        there = labels[held].sum(0)
+        assert ((there > 0) & (there < totals))[totals > 1].all()
+        off += float((there - fraction * totals).abs().sum())
+        drawn = stratified_split(torch.zeros(count).long(), fraction, seed)[1]
+        random += float((labels[drawn].sum(0) - fraction * totals).abs().sum())
+    assert random > gain * off
+
+
+def test_labels_without_two_samples_cannot_be_held_out():
+    with pytest.raises(DataError, match="no label has two samples"):
+        multilabel_split(torch.eye(3).bool(), 0.2)
+
+
+def test_a_rare_label_is_held_out_too(store):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.stack([x[:, 0] > 0, torch.arange(60) < 2], dim=1).long()
+    both = store({"h": x}, labels)
+    for seed in range(4):
+        _, _, [task] = views(both, both, None, PROTOCOLS["headplug"], seed)
+        assert labels[task.held, 1].sum() == 1
+        assert len(task.held) == 12

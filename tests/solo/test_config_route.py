@@ -153,6 +153,49 @@ def test_the_block_in_a_yaml_file_works_under_torchrun_and_the_launcher(work: An
 
 @needs_main
 @pytest.mark.slow
+def test_layers_are_probed_on_every_rank_on_resume_and_in_a_sweep(work: Any) -> None:
+    layers = (
+        "+headplug.probe.taps=[backbone,projection]",
+        "+headplug.probe.max_fraction_of_time=null",
+    )
+    options = ("max_epochs=2", "+checkpoint.keep_prev=True", "auto_resume.enabled=True")
+    done = work.pretrain(
+        "simclr", "probed", "+headplug.head=reweighting", *layers, *options, devices=2
+    )
+    assert done.stdout.count("headplug: LayerProbe reads backbone, projection") == 1
+    (whole,) = (work.folder / "probed" / "simclr").iterdir()
+    through = history(work.last(whole))
+    assert [row["epoch"] for row in through] == [0, 1]
+    assert through[-1].keys() >= {
+        f"probe/{tap}/{name}"
+        for tap in ("backbone", "projection")
+        for name in ("knn_accuracy", "rankme")
+    }
+    assert "probe" not in json.loads((whole / "args.json").read_text())["headplug"]
+    work.last(whole).unlink()
+
+    done = work.pretrain(
+        "simclr", "probed", "--multirun", "+headplug.head=reweighting,null", *layers, *options
+    )
+    assert done.stdout.count("Resuming from previous checkpoint") == 1
+    runs = [history(work.last(a.parent)) for a in work.folder.glob("probed/simclr/*/args.json")]
+    assert sorted([row["epoch"] for row in run] for run in runs) == [[0], [0, 1], [0, 1]]
+    assert sum(run[0] == through[0] for run in runs) == 2
+    logged = [
+        f for f in work.folder.rglob("metrics.csv") if "probe/backbone/rankme" in f.read_text()
+    ]
+    assert len(logged) == 3
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """What a LayerProbe left in a checkpoint."""
+    state = torch.load(path, weights_only=True)
+    found: list[dict[str, Any]] = state["callbacks"]["LayerProbe(probe)"]["history"]
+    return found
+
+
+@needs_main
+@pytest.mark.slow
 def test_a_misspelt_key_stops_the_run_with_one_sentence(work: Any) -> None:
     done = work.pretrain("simclr", "misspelt", "+headplug.haed=reweighting", fails=True)
     assert "no key under `headplug:` is called 'haed'. Closest: head." in done.stderr
@@ -304,6 +347,7 @@ def test_the_release_takes_its_block_from_the_command_line_on_every_rank(work: A
     block.write_text("headplug:\n  head: {name: ae_embedding, weights: ae.pt}\n")
     done = work.run(
         "-m", "headplug_solo", "--headplug", str(block), "--headplug=head.activation=relu",
+        "--headplug=probe.taps=[backbone, projection]", "--headplug", "probe.probes=knn",
         __file__, "release", str(work.folder),
         PYTHONPATH=paths_with(work, OVERLAY), RECORD=str(work.folder / "release"),
     )  # fmt: skip
@@ -315,6 +359,8 @@ def test_the_release_takes_its_block_from_the_command_line_on_every_rank(work: A
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["head"]["activation"] == "relu"
     assert found["loaded"] == "equal"
+    assert found["probed"] == pytest.approx(found["by hand"])
+    assert len(found["by hand"]) == 2
 
 
 def test_other_hydra_applications_are_left_alone(work: Any) -> None:
@@ -367,6 +413,7 @@ def test_another_package_called_solo_is_left_alone(work: Any, methods: str) -> N
         ({"headplug": {"head": {"kappa": 2}}}, "a block with `name:`"),
         ({"headplug": "byol"}, "must hold a block, not 'byol'"),
         ({"headplug": {"head": "byol", "slot": 3}}, "must be the path of a module"),
+        ({"headplug": {"prob": {}}}, "Closest: probe."),
         ({"headplug": {"head": {"name": "???"}}}, "cannot be read"),
         ({"headplug": {"head": {"name": "${nowhere}"}}}, "cannot be read"),
         ({"headplug": {"head": {"name": "byol", "weights": "ae.pt"}, "weights_sha256": "0"}},
@@ -411,6 +458,58 @@ def test_a_block_is_read_with_its_weights_from_where_the_user_is(
     assert read_block(None) == {"head": {"name": "byol"}}
     with pytest.raises(ValueError, match="Leave --headplug out"):
         read_block(config)
+
+
+CUSTOM = {"dataset": "custom", "train_path": "t", "val_path": "v"}
+
+
+@pytest.mark.parametrize(
+    ("probe", "data", "words"),
+    [
+        (5, CUSTOM, "`headplug.probe` must hold a block, not 5"),
+        ({"at": "backbone"}, CUSTOM, "no key under `headplug.probe:` is called 'at'"),
+        ({"every_n_epoch": 2}, CUSTOM, "Closest: every_n_epochs"),
+        ({"every_n_epochs": 0}, CUSTOM, "every_n_epochs must be a positive integer"),
+        ({"seed": "x"}, CUSTOM, "`headplug.probe.seed` cannot be 'x'"),
+        ({"taps": 5}, CUSTOM, "`headplug.probe.taps` cannot be 5"),
+        ({"probes": ["kn"]}, CUSTOM, "no probe is called 'kn'"),
+        ({}, {}, "this run does not say where they are"),
+        ({}, {**CUSTOM, "no_labels": True}, "this run has no_labels=True"),
+        ({}, {**CUSTOM, "val_path": None}, "needs validation images, and this run has none"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_refused_before_the_trainer_is_there(
+    probe: Any, data: Any, words: str
+) -> None:
+    from headplug_solo.config import read_block, read_probe
+    from headplug_solo.layers import Images, layer_probe
+    from omegaconf import OmegaConf
+
+    from headplug.errors import HeadplugError
+
+    block = {"headplug": {"probe": probe}, "data": data, "optimizer": {"batch_size": 2}}
+    config = OmegaConf.create(block)
+    assert read_block(config) is None
+    with pytest.raises(HeadplugError) as caught:
+        layer_probe(read_probe(config) or {}, Images.of(config, {}))
+    assert words in str(caught.value)
+
+
+def test_diagnostics_alone_need_no_validation_images_and_cifar_brings_its_own() -> None:
+    from headplug_solo.config import read_block, read_probe
+    from headplug_solo.layers import Images, layer_probe
+    from omegaconf import OmegaConf
+
+    probe = {"probes": [], "taps": "h", "seed": None}
+    both = OmegaConf.create({"headplug": {"head": "byol", "probe": probe}})
+    assert read_block(both) == {"head": {"name": "byol"}}
+    options = read_probe(both)
+    assert options == {"probes": [], "taps": "h"}
+    none = Images.of(None, {"dataset": "custom", "train_dir": "t", "val_dir": None})
+    assert layer_probe(options, none).at == "h"
+    assert Images.of(None, {"dataset": "cifar10"}).has_val
+    assert read_probe(OmegaConf.create({"headplug": {"probe": None}})) is None
+    assert read_probe(None) is None
 
 
 @pytest.mark.parametrize(
@@ -583,12 +682,13 @@ def script_release(folder: Path) -> dict[str, Any]:
 
     arguments: dict[str, Any] = {
         "encoder": "resnet18", "num_classes": 5, "max_epochs": 1, "batch_size": 4,
-        "backbone_args": {"cifar": True, "zero_init_residual": False}, "optimizer": "sgd",
+        "backbone_args": {"cifar": False, "zero_init_residual": False}, "optimizer": "sgd",
         "lars": False, "lr": 0.1, "weight_decay": 0.0, "classifier_lr": 0.1,
         "exclude_bias_n_norm": False, "accumulate_grad_batches": 1,
         "extra_optimizer_args": {"momentum": 0.9}, "scheduler": "none", "min_lr": 0.0,
         "warmup_start_lr": 0.0, "warmup_epochs": 0, "num_large_crops": 2, "num_small_crops": 0,
-        "proj_hidden_dim": 16, "proj_output_dim": O, "temperature": 0.2,
+        "proj_hidden_dim": 16, "proj_output_dim": O, "temperature": 0.2, "dataset": "custom",
+        "data_dir": folder, "train_dir": "train", "val_dir": "val", "num_workers": 0,
     }  # fmt: skip
     pl.seed_everything(0)
     model = METHODS["simclr"](**arguments)
@@ -604,12 +704,44 @@ def script_release(folder: Path) -> dict[str, Any]:
     trainer.save_checkpoint(path)
     if trainer.global_rank:
         return {}
+    (probed,) = trainer.callbacks[0].history
     (folder / "ae.pt").rename(folder / "ae.gone")
     state = torch.load(path, weights_only=True)["state_dict"]
     model_class = METHODS["simclr"]
     loaded = attempt(lambda: model_class.load_from_checkpoint(path, **arguments), state)
     (folder / "ae.gone").rename(folder / "ae.pt")
-    return {"head": model.headplug["head"], "loaded": loaded}
+    by_hand = {
+        f"probe/{row['tap']}/knn_accuracy": row["accuracy"] for row in layers_of(model, folder).rows
+    }
+    return {
+        "head": model.headplug["head"],
+        "loaded": loaded,
+        "probed": {name: probed[name] for name in by_hand},
+        "by hand": by_hand,
+    }
+
+
+def layers_of(model: Any, folder: Path) -> Any:
+    """A report of a model's layers on the images as they are."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    from headplug import extract_features, probe_layers
+
+    plain = transforms.Compose([
+        transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)),
+    ])  # fmt: skip
+    stores = [
+        extract_features(
+            model,
+            torch.utils.data.DataLoader(ImageFolder(folder / part, plain), batch_size=8),
+            ["backbone", "projection"],
+            distributed=False,
+        )
+        for part in ("train", "val")
+    ]
+    return probe_layers(*stores, probes="knn", device="cpu")
 
 
 def run_script(group: str, folder: str) -> None:
