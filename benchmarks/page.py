@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 import matplotlib.figure
+from accuracy import tables
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -177,7 +178,14 @@ def section(name, content):
     if tops := about.get("ceilings"):
         products = ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in tops.items() if k != "copy")
         lines += ["", f"Ceilings, measured: {products}; copying {tops['copy'] / 1e9:.1f} GB/s."]
-    for module, group in groupby(content["benchmarks"], lambda b: b["fullname"].split("::")[0]):
+    if accuracies := tables.with_rows(content):
+        image = f"results/{name}-accuracy.png"
+        tables.picture(accuracies, HERE / image)
+        lines += ["", f"![Accuracy before and behind each head]({image})"]
+    for one in accuracies:
+        lines += ["", f"### {words(one['name'])}", "", *tables.table(one)]
+    timed = [one for one in content["benchmarks"] if one not in accuracies]
+    for module, group in groupby(timed, lambda one: one["fullname"].split("::")[0]):
         lines += ["", f"### {module.removeprefix('benchmarks/')}", ""]
         lines += [
             "| benchmark | ours, ms | ours / peer's time | samples/s | of the ceiling | "

@@ -158,6 +158,7 @@ def test_compare_prints_table_answer_and_paths_and_report_prints_them_again(head
         (["compare", "--data", "cifar11"], "digits"),
         (["compare", "--backbone", "resnet_18"], "resnet18"),
         (["compare", "--recipe", "simclrs"], "simclr"),
+        (["compare", "--protocol", "moko"], "moco"),
         (["compare", "--seeds", "a,b"], "--seeds"),
         (["compare", "--activation", "rleu"], "relu"),
         (["compare", "--epochs", "many"], "--epochs"),

@@ -40,6 +40,12 @@ Normalize = Annotated[
         "e.g. 0.49,0.48,0.45/0.2,0.2,0.2."
     ),
 ]
+Probes = Annotated[
+    str, typer.Option(help="Any of knn,linear,ridge,logistic,mlp; default: the protocol's.")
+]
+Protocol = Annotated[
+    str, typer.Option(help="headplug, simclr, moco, dino, dinov2, lightly, solo-learn or ae.")
+]
 Model = Annotated[
     str,
     typer.Argument(

@@ -25,6 +25,8 @@ from headplug.cli.common import (
     Normalize,
     Pool,
     Pretrained,
+    Probes,
+    Protocol,
     Weights,
     Workers,
     numbers,
@@ -42,13 +44,8 @@ def probe(
     ],
     data: Data = "digits",
     at: At = None,
-    probes: Annotated[
-        str, typer.Option(help="Any of knn,linear,ridge,logistic,mlp; default: the protocol's.")
-    ] = "",
-    protocol: Annotated[
-        str,
-        typer.Option(help="headplug, simclr, moco, dino, dinov2, lightly, solo-learn or ae."),
-    ] = "headplug",
+    probes: Probes = "",
+    protocol: Protocol = "headplug",
     select_on: Annotated[
         str | None, typer.Option(help="Choose settings on held-out train, or on test.")
     ] = None,

@@ -12,7 +12,17 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from headplug.cli.common import AsJson, Data, ImageSize, Limit, Workers, numbers, split
+from headplug.cli.common import (
+    AsJson,
+    Data,
+    ImageSize,
+    Limit,
+    Probes,
+    Protocol,
+    Workers,
+    numbers,
+    split,
+)
 from headplug.errors import OptionError
 
 
@@ -36,9 +46,13 @@ def compare(
     limit: Limit = None,
     image_size: ImageSize = None,
     stem: Annotated[str, typer.Option(help="auto, small or default.")] = "auto",
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from timm's weights, not random ones.")
+    ] = False,
     lr: Annotated[float | None, typer.Option(help="Default: the recipe's, by batch size.")] = None,
     ae_epochs: Annotated[int, typer.Option(help="Of autoencoder pretraining.")] = 100,
-    probes: Annotated[str, typer.Option(help="Any of knn,linear,ridge.")] = "knn,linear,ridge",
+    probes: Probes = "",
+    protocol: Protocol = "headplug",
     devices: Annotated[int, typer.Option(help="On each node; more than one starts torchrun.")] = 1,
     nodes: Annotated[int, typer.Option(help="Machines; start the same command by torchrun.")] = 1,
     precision: Annotated[str, typer.Option(help="As Lightning names it.")] = "32-true",
@@ -68,9 +82,11 @@ def compare(
         limit=limit,
         image_size=image_size,
         stem=stem,
+        pretrained=pretrained,
         lr=lr,
         ae_epochs=ae_epochs,
         probes=split(probes),
+        protocol=protocol,
         devices=devices,
         nodes=nodes,
         precision=precision,

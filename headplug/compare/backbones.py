@@ -12,7 +12,9 @@ from headplug.errors import OptionError, RunError, unknown
 SMALL = 64  # pixels; below, a stem that divides the resolution by four leaves too little
 
 
-def build_backbone(name: str, shape: tuple[int, int, int], stem: str = "auto") -> nn.Module:
+def build_backbone(
+    name: str, shape: tuple[int, int, int], stem: str = "auto", pretrained: bool = False
+) -> nn.Module:
     """A timm model without classifier, for images of one shape.
 
     Args:
@@ -22,13 +24,15 @@ def build_backbone(name: str, shape: tuple[int, int, int], stem: str = "auto") -
             layers) and drops the pooling behind it, as is usual on CIFAR (arXiv 2002.05709,
             appendix B.9); "default" changes nothing; "auto" is small up to 64 pixels, where the
             model allows.
+        pretrained: Whether it gets timm's weights; a new first convolution has none.
 
     Returns:
         A module from `(batch, *shape)` to `(batch, num_features)`.
 
     Raises:
         UnknownNameError: timm has no such model.
-        OptionError: The stem cannot be made small, or the model cannot take such images.
+        OptionError: The stem cannot be made small, the model cannot take such images, or its
+            weights cannot be had.
     """
     import timm
 
@@ -40,14 +44,25 @@ def build_backbone(name: str, shape: tuple[int, int, int], stem: str = "auto") -
     try:
         model = timm.create_model(name, **options)
         if is_sized(model):  # made for one size of image: make it for this one
-            size: dict[str, Any] = {"img_size": (height, width)}
+            options["img_size"] = (height, width)
             if max(height, width) <= SMALL and stem != "default":
-                size["patch_size"] = max(min(height, width) // 8, 1)
-            model = timm.create_model(name, **options, **size)
+                options["patch_size"] = max(min(height, width) // 8, 1)
+            model = timm.create_model(name, **options)
     except Exception as error:
         raise OptionError(
             f"timm cannot build {name!r} for images of shape {shape}: {error}. Try image_size=224."
         ) from error
+    if pretrained:
+        try:
+            model = timm.create_model(name, pretrained=True, **options)
+        except Exception as error:
+            raise OptionError(
+                f"timm's weights of {name} cannot be had ({' '.join(str(error).split())[:200]}). "
+                'The first use needs the network: run `python -c "import timm; '
+                f"timm.create_model('{name}', pretrained=True)\"` where there is one and copy "
+                "~/.cache/huggingface (or what HF_HOME names); or start from random weights, "
+                "without --pretrained. `timm.list_pretrained()` shows which models have weights."
+            ) from error
     small = stem == "small" or (stem == "auto" and max(height, width) <= SMALL)
     if small and hasattr(model, "conv1") and hasattr(model, "maxpool"):
         deep = isinstance(model.conv1, nn.Sequential)

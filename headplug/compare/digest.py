@@ -70,7 +70,9 @@ def answer(results: Results) -> list[str]:
         ]
     if best.get("selected_on") == ON_TEST:
         layers.append("Settings were chosen on the test images: accuracies on new ones are lower.")
-    basis = f"Measured on {results['data']['test']:,} test images"
+    rows = (row for run in results["runs"] for row in run["taps"])
+    tested = next((row["n_test"] for row in rows if "n_test" in row), results["data"]["test"])
+    basis = f"Measured on {tested:,} test images"
     if best.get("selected_on"):
         basis += f"; head and layer selected on: {best['selected_on']}"
     most = _most_seeds(results)

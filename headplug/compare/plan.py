@@ -20,6 +20,8 @@ from headplug.compare.recipes import recipe
 from headplug.errors import OptionError, unknown
 from headplug.heads import create_head, describe_head
 from headplug.probing import PROBES
+from headplug.probing.layerwise import rule_of
+from headplug.probing.probes import probes_of
 
 WIDTH_OPTIONS = ("embedding_dim", "hidden_dim")  # what `widths` means to a head
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
@@ -83,10 +85,13 @@ class Plan:
         limit: Use a class-balanced subset of this many training images.
         image_size: Side to resize images to; left out, their own.
         stem: "small" keeps the resolution in a ResNet's stem, "default" leaves the model as it is,
-            "auto" is small for images below 65 pixels.
+            "auto" is small for images below 65 pixels, unless the backbone is pretrained.
+        pretrained: Start from timm's weights instead of random ones; those of a small stem are
+            new.
         lr: Learning rate of SGD; left out, the recipe's (0.3 or 0.1) for 256 images a step.
         ae_epochs: Epochs of autoencoder pretraining, for the heads that need it.
-        probes: Any of knn, linear, ridge.
+        protocol: Whose way to evaluate, a name of `headplug.probing.PROTOCOLS`.
+        probes: Any of "knn", "linear", "ridge", "logistic" and "mlp"; left out, the protocol's.
         devices: Devices on each node.
         nodes: Machines.
         precision: As Lightning names it: "32-true", "16-mixed", "bf16-mixed".
@@ -109,9 +114,11 @@ class Plan:
     limit: int | None = None
     image_size: int | None = None
     stem: str = "auto"
+    pretrained: bool = False
     lr: float | None = None
     ae_epochs: int = 100
-    probes: Sequence[str] = ("knn", "linear", "ridge")
+    protocol: str = "headplug"
+    probes: Sequence[str] = ()
     devices: int = 1
     nodes: int = 1
     precision: str = "32-true"
@@ -125,7 +132,7 @@ class Plan:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("heads", "seeds", "probes"):
             values = list(getattr(self, name))
-            if not values:
+            if not values and name != "probes":
                 raise OptionError(f"{name} must name at least one.")
             if len(set(values)) < len(values):
                 raise OptionError(f"{name} must name each thing once; it is {values}.")
@@ -136,9 +143,11 @@ class Plan:
         if self.stem not in ("auto", "small", "default"):
             raise OptionError(f"stem must be auto, small or default, not {self.stem!r}.")
         recipe(self.recipe)
-        for probe in self.probes:
-            if probe not in PROBES:
-                raise unknown("probe", probe, PROBES)
+        published = rule_of(self.protocol, None, None).probes
+        asked = probes_of(self.probes or [*published], {**PROBES, **published})
+        object.__setattr__(self, "probes", tuple(asked))
+        if self.pretrained and self.stem == "auto":
+            object.__setattr__(self, "stem", "default")
         object.__setattr__(self, "choices", self._grid())
 
     @property

@@ -1,4 +1,4 @@
-"""One run: a head and a seed, trained, read at every layer and probed.
+"""One run: a head and a seed, trained, read at every layer and probed by all processes together.
 
 Its folder holds run.json (the record) and model.safetensors (backbone and head); checkpoint.ckpt
 until it is finished. run.json is written last, so that it says that the other is there.
@@ -87,22 +87,32 @@ class Runner:
             precision=self.plan.precision,
             workers=self.plan.workers,
         )
-        if not is_first():
-            return ""
+        told = {
+            "train_images_per_s": model.images / model.seconds,
+            "train_seconds": model.seconds,
+            "losses": model.losses,
+        }
+        model.losses, model.seconds = [], 0.0  # what differs on each process is no common model
         learned, tested = self._features(model)
         report = probe_layers(
-            learned, tested, probes=list(self.plan.probes), seed=seed, show_progress=True
+            learned,
+            tested,
+            probes=list(self.plan.probes),
+            protocol=self.plan.protocol,
+            seed=seed,
+            distributed=True,
+            show_progress=is_first(),
         )
+        if not is_first():
+            return ""
         trainable, frozen = count(model.projection_head)
         record: dict[str, Any] = {
             "head": choice.label,
             "head_config": model.projection_head.config,
             "seed": seed,
-            "train_images_per_s": model.images / model.seconds,
-            "train_seconds": model.seconds,
+            **told,
             "head_params_trainable": trainable,
             "head_params_frozen": frozen,
-            "losses": model.losses,
             **self.seen,
             **as_record(report),
         }
@@ -137,7 +147,9 @@ class Runner:
 
     def _backbone(self, seed: int) -> nn.Module:
         with _seeded(seed):
-            return build_backbone(self.plan.backbone, self.data.train.shape, self.plan.stem)
+            return build_backbone(
+                self.plan.backbone, self.data.train.shape, self.plan.stem, self.plan.pretrained
+            )
 
     def _autoencoder(self, choice: HeadChoice) -> Autoencoder | None:
         """The pretrained autoencoder that a head needs, from the folder if it is there."""
@@ -169,14 +181,7 @@ class Runner:
                 images, batch_size=None, sampler=batches, num_workers=self.plan.workers
             )
             found.append(
-                extract_features(
-                    model,
-                    loader,
-                    at,
-                    transform=self.views.plain,
-                    distributed=False,
-                    show_progress=True,
-                )
+                extract_features(model, loader, at, transform=self.views.plain, show_progress=True)
             )
         model.cpu()
         # A ResNet's last stage, averaged, is the representation itself: once is enough.

@@ -75,20 +75,10 @@ def summarize(
         "selected_on": best_of[winner]["selected_on"],
     }
     gain = None
-    of = {h: {s for head, s in hits if head == h} for h in (winner, default_head)}
-    if winner != default_head and of[default_head]:
-        shared = sorted(of[winner] & of[default_head])
-        ours, theirs = (
-            np.stack([hits[h, s][best_of[h]["tap"], probe] for s in shared or sorted(of[h])])
-            for h in (winner, default_head)
-        )
-        if not shared:  # then pairs are of test images alone
-            ours, theirs = ours.mean(0, keepdims=True), theirs.mean(0, keepdims=True)
-        gain = {
-            "over": default_head,
-            **_interval(_difference(ours, theirs), "mean"),
-            "method": METHOD if shared else "paired bootstrap over test images",
-        }
+    if winner != default_head and default_head in best_of:
+        ours, theirs = ((h, (best_of[h]["tap"], probe)) for h in (winner, default_head))
+        difference, method = _paired(hits, ours, theirs)
+        gain = {"over": default_head, **_interval(difference, "mean"), "method": method}
     return {
         "probe": probe,
         "default_head": default_head,
@@ -96,6 +86,37 @@ def summarize(
         "gain": gain,
         "heads": heads,
     }
+
+
+def summary_rows(hits: Hits, default_head: str) -> list[dict[str, Any]]:
+    """One flat row for each head, tap and probe.
+
+    Args:
+        hits: As `summarize` takes them.
+        default_head: Label of the head that gains are measured against.
+
+    Returns:
+        Mappings of head, tap, probe, accuracy, low, high, and the gain over the default head with
+        the same probe at the same tap: gain, gain_low, gain_high. They are None for the default
+        head itself and where it has no such tap.
+    """
+    points = {head: list(found) for (head, _), found in hits.items()}
+    rows = []
+    for head, point in ((head, point) for head, found in points.items() for point in found):
+        values = np.stack([found[point] for (h, _), found in hits.items() if h == head])
+        gain: dict[str, float | None] = dict.fromkeys(("mean", "low", "high"))
+        if head != default_head and point in points.get(default_head, ()):
+            gain |= _interval(_paired(hits, (head, point), (default_head, point))[0], "mean")
+        rows.append(
+            {
+                **dict(zip(("head", "tap", "probe"), (head, *point), strict=True)),
+                **_interval(values, "accuracy"),
+                "gain": gain["mean"],
+                "gain_low": gain["low"],
+                "gain_high": gain["high"],
+            }
+        )
+    return rows
 
 
 def as_record(report: LayerReport) -> dict[str, Any]:
@@ -133,6 +154,19 @@ def _best_row(runs: Sequence[Mapping[str, Any]], label: str, probe: str) -> dict
     means = {tap: float(np.mean(values)) for tap, values in found.items()}
     tap = max(means, key=lambda t: means[t])
     return {"tap": tap, "val_accuracy": means[tap], "selected_on": selected_on}
+
+
+def _paired(hits: Hits, *sides: tuple[str, tuple[str, str]]) -> tuple[np.ndarray, str]:
+    """(seeds, test images) of what one head at a tap has over another, and how they are paired."""
+    seeds = [{s for head, s in hits if head == own} for own, _ in sides]
+    shared = sorted(seeds[0] & seeds[1])
+    ours, theirs = (
+        np.stack([hits[head, s][point] for s in shared or sorted(own)])
+        for (head, point), own in zip(sides, seeds, strict=True)
+    )
+    if not shared:  # then pairs are of test images alone
+        ours, theirs = ours.mean(0, keepdims=True), theirs.mean(0, keepdims=True)
+    return _difference(ours, theirs), METHOD if shared else "paired bootstrap over test images"
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

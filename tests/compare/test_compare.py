@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from headplug import HeadplugError, features
+from headplug import FeatureStore, HeadplugError, features, probe_layers
 from headplug.compare import Plan, compare
 from headplug.compare.data import load_data
+from headplug.compare.digest import answer
 from headplug.compare.recipes import RECIPES
 from headplug.diagnostics import describe
 from headplug.errors import DimensionError, OptionError, RunError, UnknownNameError
@@ -265,6 +266,7 @@ def test_one_failed_head_is_reported_and_the_others_finish(tmp_path, monkeypatch
         ({"precision": "fp16"}, OptionError, "16-mixed"),
         ({"lr": -1.0}, OptionError, "positive"),
         ({"probes": ("knm",)}, UnknownNameError, "knn"),
+        ({"protocol": "moko"}, UnknownNameError, "moco"),
     ],
 )
 def test_plan_refuses_before_anything_is_computed(options, error, words):
@@ -335,6 +337,66 @@ def test_parquet_folder_and_vision_transformer(tmp_path):
     found = rows(compare(plan, say=quiet), "simclr_plain")
     assert found["pre_projection", "ridge"]["n_test"] == 20
     assert any(tap.startswith("backbone.blocks") for tap, _ in found)
+
+
+def test_probes_are_the_protocols_unless_named():
+    assert Plan().probes == ("knn", "linear", "ridge")
+    assert Plan(protocol="ae").probes == ("linear",)
+    assert Plan(protocol="ae", probes=("knn",)).probes == ("knn",)
+    plans = [Plan(), Plan(protocol="dino"), Plan(pretrained=True), Plan(stem="default")]
+    assert len({plan.fingerprint for plan in plans}) == 4
+
+
+def test_a_protocol_gives_what_probe_layers_gives_with_it(tmp_path):
+    options = {**SMALL, "epochs": 1, "heads": ("simclr_plain",), "seeds": (42,)}
+    plan = Plan(**options, protocol="ae", out=str(tmp_path))
+    results = compare(plan, say=quiet)
+    data = load_data("digits", limit=SMALL["limit"])
+    model = load_model(str(plan.folder_of(plan.choices[0], 42)), shape=(1, 8, 8)).model.eval()
+    train, test = (
+        FeatureStore.from_tensors(
+            {"pre_projection": features(model, images.tensor() / 255, "pre_projection")},
+            images.labels,
+        )
+        for images in (data.train, data.test)
+    )
+    (expected,) = probe_layers(train, test, protocol="ae", seed=42).rows
+    found = rows(results, "simclr_plain", 42)["pre_projection", "linear"]
+    assert found["n_test"] == expected["n_test"] == 40  # 20% of the test images
+    assert abs(found["accuracy"] - expected["accuracy"]) <= 1 / 40  # floats, by another batch
+    assert {probe for _, probe in rows(results, "simclr_plain", 42)} == {"linear"}
+    assert "Measured on 40 test images" in " ".join(answer(results))
+
+
+def test_pretrained_backbones_start_from_the_weights_that_timm_finds(tmp_path, monkeypatch):
+    """timm reads a cache of the Hub's form; with an empty one the error says what to do."""
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    plan = Plan(
+        **{**SMALL, "epochs": 1}, pretrained=True, heads=("simclr_plain",), probes=("ridge",),
+        lr=1e-9, out=str(tmp_path / "run"),
+    )  # fmt: skip
+    with pytest.raises(OptionError, match=r"weights of test_resnet cannot be had.*--pretrained"):
+        compare(plan, say=quiet)
+    assert not plan.folder.exists()
+
+    model = timm.create_model("test_resnet")
+    repo = tmp_path / "hub" / f"models--{model.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    save_file(model.state_dict(), repo / "snapshots" / "abc" / "model.safetensors")
+    compare(plan, say=quiet)
+    assert plan.stem == "default"  # a small one would have a new first convolution
+    folder = plan.folder_of(plan.choices[0], 0)
+    trained = dict(load_model(str(folder), shape=(1, 8, 8)).model.backbone.named_parameters())
+    for name, weight in model.named_parameters():
+        if not name.startswith(("fc.", "conv1.0")):  # the first layer is summed over colours
+            assert torch.allclose(trained[name], weight, atol=1e-6), name
 
 
 def test_plan_names_its_folder_after_what_it_does():

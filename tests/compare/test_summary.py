@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headplug.compare.summary import summarize
+from headplug.compare.summary import summarize, summary_rows
 
 IMAGES = 400
 
@@ -92,3 +92,28 @@ def test_gain_without_a_shared_seed_pairs_test_images_alone():
 
 def test_nothing_finished_gives_no_winner():
     assert summary([], {})["best"] is None
+
+
+def test_rows_have_the_numbers_of_the_summary_for_every_head_and_tap():
+    """Where both heads are best before the head, the row there is the verdict."""
+    hits = {
+        (head, s): hits_of(made(share + s / 50), made(0.3, 40 * s))
+        for head, share in (("simclr", 0.7), ("other", 0.8))
+        for s in (0, 1)
+    }
+    hits["other", 0]["inner", "linear"] = hits["other", 1]["inner", "linear"] = made(0.6)
+    runs = [run(h, s, pre_projection=0.9 if h == "other" else 0.8, projection=0.1) for h, s in hits]
+    verdict = summary(runs, hits)
+    rows = {(row["head"], row["tap"]): row for row in summary_rows(hits, "simclr")}
+    assert len(rows) == 5
+    row = rows["other", "pre_projection"]
+    assert {k: row[k] for k in ("accuracy", "low", "high")} == {
+        k: verdict["best"][k] for k in ("accuracy", "low", "high")
+    }
+    assert [row[k] for k in ("gain", "gain_low", "gain_high")] == [
+        verdict["gain"][k] for k in ("mean", "low", "high")
+    ]
+    assert row["gain"] == pytest.approx(0.1, abs=1e-3)
+    assert rows["simclr", "projection"]["gain"] is None  # the default itself
+    assert rows["other", "inner"]["gain"] is None  # the default has no such layer
+    assert rows["other", "projection"]["gain"] == 0
