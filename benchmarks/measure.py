@@ -81,6 +81,20 @@ def waited(call, device):
     return run
 
 
+def graphed(call):
+    """The call as one CUDA graph: what it launches is recorded, after three calls to warm up."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def rotated(make, count=4):
     """Inputs in turn, so that none is found in a cache because it was the last one."""
     return itertools.cycle([make() for _ in range(count)])

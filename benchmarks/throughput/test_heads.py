@@ -10,7 +10,7 @@ import inspect
 
 import pytest
 import torch
-from measure import rotated
+from measure import graphed, rotated
 
 from headplug import MLPHead, create_head, describe_head, list_heads
 
@@ -53,20 +53,12 @@ class Step:
     def graphed(self):
         """The same, as one CUDA graph into which each input is copied."""
         x = next(self.inputs).detach().clone().requires_grad_()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                self.of(self.head, x)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.of(self.head, x)
+        replay = graphed(lambda: self.of(self.head, x))
 
         def step():
             with torch.no_grad():
                 x.copy_(next(self.inputs))
-            graph.replay()
+            replay()
 
         return step
 

@@ -22,11 +22,12 @@ SOLO = [ROOT / ".solo", Path(os.environ.get("SOLO_LEARN_HOME", "."))]
 
 
 @pytest.fixture(scope="module")
-def data():
+def data(device):
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(CLASSES, 512, generator=generator)
     y = torch.randint(CLASSES, (12_000,), generator=generator)
     X = centres[y] + 6 * torch.randn(12_000, 512, generator=generator)
+    X, y = X.to(device), y.to(device)
     return X[:10_000], y[:10_000], X[10_000:], y[10_000:]
 
 
@@ -93,7 +94,7 @@ def test_64_settings_against_solo_learn(data, against, benchmark):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_inverse_votes_against_scikit_learn(data, against, accuracy, metric):
+def test_inverse_votes_against_scikit_learn(data, against, accuracy, metric, cpu):
     from sklearn.neighbors import KNeighborsClassifier
 
     X, y, Q, _ = data
@@ -141,7 +142,7 @@ print((peak - base) / 2**20, spent)
 """
 
 
-def test_memory_and_growth_against_scikit_learn(benchmark):
+def test_memory_and_growth_against_scikit_learn(benchmark, cpu):
     """Resident memory on top of the features in MiB and CPU seconds, in a process for each."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("memory is read from /proc")

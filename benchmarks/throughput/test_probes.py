@@ -11,8 +11,16 @@ import warnings
 
 import pytest
 import torch
+from measure import graphed, rotated
 
-from headplug.probing.linear import LinearSetting, LinearTraining, fit_linear, linear_grid
+from headplug.probing.data import Targets
+from headplug.probing.linear import (
+    Joint,
+    LinearSetting,
+    LinearTraining,
+    fit_linear,
+    linear_grid,
+)
 from headplug.probing.logistic import fit_logistic, logistic_grid
 from headplug.probing.mlp import MLPSetting, fit_mlp, mlp_grid
 from headplug.probing.ridge import fit_ridge, ridge_grid
@@ -33,11 +41,12 @@ def made(count, dim, seed):
 
 
 @pytest.fixture(scope="module")
-def data():
+def data(device):
     X, y = made(TRAIN, DIM, 1)
     Q, targets = made(TEST, DIM, 2)
     mean, std = X.mean(0), X.std(0)
-    return (X - mean) / std, y, (Q - mean) / std, targets
+    found = (X - mean) / std, y, (Q - mean) / std, targets
+    return [t.to(device) for t in found]
 
 
 @pytest.fixture
@@ -55,9 +64,13 @@ def lightly(data):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = Trainer(max_epochs=EPOCHS, accelerator="cpu", **dict.fromkeys(quiet, False))
-            trainer.fit(peer, DataLoader(TensorDataset(X, y), BATCH, shuffle=True))
-        return peer.requires_grad_(False)
+            trainer = Trainer(
+                max_epochs=EPOCHS, accelerator=X.device.type, devices=1,
+                **dict.fromkeys(quiet, False),
+            )  # fmt: skip
+            stored = TensorDataset(X.cpu(), y.cpu())  # a loader takes samples one by one
+            trainer.fit(peer, DataLoader(stored, BATCH, shuffle=True))
+        return peer.requires_grad_(False).to(X.device)
 
     return train
 
@@ -95,10 +108,11 @@ def test_linear_probes_of_six_taps_against_lightlys_classifier_with_one_rate(
 def test_18_linear_probes_against_a_loop_for_one(data, against):
     """In plain torch; lightly's own loop costs several times as much."""
     X, y = data[0][:4000, :256].contiguous(), data[1][:4000]
-    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0)).split(BATCH)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(X), generator=generator).to(X.device).split(BATCH)
 
     def loop():
-        layer = torch.nn.Linear(X.shape[1], CLASSES)
+        layer = torch.nn.Linear(X.shape[1], CLASSES, device=X.device)
         optimizer = torch.optim.SGD(layer.parameters(), LR, momentum=0.9)
         for rows in order * EPOCHS:
             loss = torch.nn.functional.cross_entropy(layer(X[rows]), y[rows])
@@ -110,8 +124,31 @@ def test_18_linear_probes_against_a_loop_for_one(data, against):
     assert against(lambda: fit_linear(X, y, linear_grid(), training=training), loop, rounds=7) < 6
 
 
+def test_linear_step_as_cuda_graph(data, against, cuda):
+    """Of 18 settings, against the same step without one; in the package none is captured."""
+    X, y = data[0], data[1]
+    targets = Targets("classes", y, CLASSES)
+    training = LinearTraining(epochs=EPOCHS, batch_size=BATCH)
+    moments = X.double().mean(0), X.double().std(0)
+    joint = Joint(linear_grid(), training, targets, *moments, len(X) // BATCH, 1000, 0)
+    batches = rotated(lambda: torch.randint(len(X), (BATCH,), device=X.device))
+    rows, values = X[:BATCH].clone(), y[:BATCH].clone()
+
+    def gather():
+        index = next(batches)
+        torch.index_select(X, 0, index, out=rows)
+        torch.index_select(y, 0, index, out=values)
+
+    def step():
+        joint.sgd["standard"].descend(rows, values)
+
+    with torch.no_grad():
+        replay = graphed(step)
+        against(lambda: (gather(), replay()), lambda: (gather(), step()), dtype=None)
+
+
 @pytest.mark.guard
-def test_ridge_path_with_its_choice_against_scikit_learn(data, against, benchmark):
+def test_ridge_path_with_its_choice_against_scikit_learn(data, against, benchmark, cpu):
     from sklearn.linear_model import RidgeClassifierCV
 
     X, y, Q, targets = data
@@ -127,10 +164,12 @@ def test_ridge_path_with_its_choice_against_scikit_learn(data, against, benchmar
     models, chosen = ours()
     benchmark.extra_info["accuracy"] = float((models.predict(Q)[chosen] == targets).float().mean())
     benchmark.extra_info["peer_accuracy"] = float(peer().score(Q.numpy(), targets.numpy()))
-    assert against(ours, peer, rounds=7) < 0.5
+    assert against(ours, peer, rounds=7, dtype=None) < 0.5
 
 
-def test_logistic_path_against_scikit_learn_refitted_for_each_penalty(data, against, benchmark):
+def test_logistic_path_against_scikit_learn_refitted_for_each_penalty(
+    data, against, benchmark, cpu
+):
     from sklearn.linear_model import LogisticRegression
 
     X, y, Q, targets = data[0][:4000], data[1][:4000], *data[2:]
@@ -172,12 +211,12 @@ def test_mlp_grid_against_a_loop_for_one_setting(data, against, benchmark):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
             torch.nn.Linear(DIM, 256), torch.nn.ReLU(), torch.nn.Linear(256, CLASSES)
-        )
+        ).to(X.device)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
         steps = epochs * -(-len(X) // BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(epochs):
-            for rows in torch.randperm(len(X)).split(BATCH):
+            for rows in torch.randperm(len(X), device=X.device).split(BATCH):
                 loss = torch.nn.functional.cross_entropy(model(X[rows]), y[rows])
                 optimizer.zero_grad()
                 loss.backward()
@@ -235,7 +274,7 @@ SIDES = {
 
 
 @pytest.mark.parametrize("probe", SIDES)
-def test_memory_of_a_fit_against_scikit_learn(benchmark, probe):
+def test_memory_of_a_fit_against_scikit_learn(benchmark, probe, cpu):
     """Of 40,000 samples of 256 features: what the peak of the process rises by, in MiB (Linux)."""
 
     def used(imports):
@@ -260,7 +299,7 @@ FITS = {
 
 
 @pytest.mark.parametrize("probe", FITS)
-def test_growth_from_5000_to_80000_samples(benchmark, one_thread, probe):
+def test_growth_from_5000_to_80000_samples(benchmark, one_thread, probe, cpu):
     """16 is linear."""
     X, y = made(80000, 128, 3)
     spent = {}
