@@ -106,7 +106,7 @@ def against(benchmark, one_thread, request, device):
     """
 
     def run(
-        ours, peer, *, rounds=31, budget=4, samples=None, moved=None, dtype="float32", eager=None
+        ours, peer, *, rounds=31, budget=2.5, samples=None, moved=None, dtype="float32", eager=None
     ):
         guarded = not benchmark.enabled  # in the test suite
         rounds = min(rounds, 7) if guarded else rounds

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.figure
 from accuracy import tables
+from headline import ROWS
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -21,83 +22,22 @@ KNOWN = {  # what has a column of its own, or is for machines
     *("samples_per_s", "peer_samples_per_s", "gflop_per_s", "gb_per_s"),
     *("of_matmul_ceiling", "of_copy_ceiling", "summary"),
 }
-ROWS = [  # what a reader should know first: ours, the peer, benchmarks
-    (
-        "`ae_embedding` head step, embedding 128, 256, 512",
-        "`simclr_plain` with the same widths",
-        [f"test_ae_head_against_the_papers_default[{d}]" for d in (128, 256, 512)],
-    ),
-    (
-        "`ae_embedding` head step (256)",
-        "lightly's default SimCLR head (2048)",
-        ["test_papers_heads_against_simclr[ae_embedding]"],
-    ),
-    ("`reweighting` head step", "the same", ["test_papers_heads_against_simclr[reweighting]"]),
-    (
-        "presets' head steps, least and most",
-        "lightly's own heads; bare layers as in solo-learn",
-        ["test_head_against_*"],
-    ),
-    (
-        "five taps on a ResNet-18, a block for each batch",
-        "the bare forward",
-        ["test_five_taps_against_the_bare_forward"],
-    ),
-    ("the same in one block", "five plain hooks", ["test_five_taps_in_one_block_against_hooks"]),
-    (
-        '`features(at="layer1")`, 2, 3, 4',
-        "the whole forward",
-        [f"test_early_exit_against_the_whole_forward[layer{i}]" for i in (1, 2, 3, 4)],
-    ),
-    (
-        "the same, layers 1, 2, 3",
-        "torchvision's pruned graph",
-        [f"test_early_exit_against_torchvisions_pruned_graph[layer{i}]" for i in (1, 2, 3)],
-    ),
-    ("all stages by `features`", "timm's `forward_intermediates`", ["test_stages_against_timm"]),
-    (
-        "extraction to disk, writes and checksums included",
-        "the bare forward loop",
-        ["test_extraction_to_disk_against_the_bare_forward_loop"],
-    ),
-    (
-        "kNN with 64 settings",
-        "the dearest of them alone",
-        ["test_a_grid_of_64_against_its_dearest_setting"],
-    ),
-    ("kNN with one setting", "lightly's `knn_predict`", ["test_one_setting_against_lightly"]),
-    (
-        "kNN with 64 settings",
-        "solo-learn's classifier, one of 64",
-        ["test_64_settings_against_solo_learn"],
-    ),
-    (
-        "linear probes of six taps, 1 learning rate",
-        "lightly's `LinearClassifier`, six runs",
-        ["test_linear_probes_of_six_taps_against_lightlys_classifier_with_one_rate[1]"],
-    ),
-    (
-        "the same, 8 learning rates",
-        "the same with one",
-        ["test_linear_probes_of_six_taps_against_lightlys_classifier_with_one_rate[8]"],
-    ),
-    (
-        "18 linear probes in one pass",
-        "a plain SGD loop for one",
-        ["test_18_linear_probes_against_a_loop_for_one"],
-    ),
-    (
-        "ridge, 12 penalties and the choice",
-        "scikit-learn's `RidgeClassifierCV`",
-        ["test_ridge_path_with_its_choice_against_scikit_learn"],
-    ),
-    (
-        "logistic regression, 8 penalties",
-        "scikit-learn's, refitted for each",
-        ["test_logistic_path_against_scikit_learn_refitted_for_each_penalty"],
-    ),
-    ("singular spectrum, centred and not", "NumPy's SVD", ["test_spectra_against_numpys_svd"]),
-]
+HOW = """
+Written by `python benchmarks/page.py` from `benchmarks/results/*.json`, and from nothing else.
+Times are CPU time on one thread (CUDA events on a GPU), ours and the peer's in turn in one process:
+the median of the ratios of the pairs, with their quartiles. Differences below 1.1 are none. The
+ceiling is that of a large matrix product, or of a large copy where a call only moves bytes; memory
+is the most that tensors made during the call hold.
+"""
+EXPECT = """
+Expect to win: a frozen or fixed first layer, where the head is a large part of the step (Barlow
+Twins, VICReg) or is stepped alone; whole grids of probes, which cost little more than one setting;
+ridge, spectra and CKA; early exit. Expect parity: presets against the library's own heads, in any
+precision; whole SimCLR and BYOL steps, where the head is a small part; taps against plain hooks;
+one kNN setting. Expect to lose: a swap, which looks for optimisers and copies that hold the old
+head and takes about a tenth of a second once; taps opened anew for each batch of a very small
+model; logistic regression with hardly any penalty on separable data.
+"""
 
 
 def results():
@@ -226,6 +166,11 @@ def plain(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def flowing(text):
+    """A paragraph on one line."""
+    return " ".join(text.split())
+
+
 def main():
     """Writes the page, its picture and the README's table."""
     files = results()
@@ -234,22 +179,13 @@ def main():
     page = [
         "# Benchmarks",
         "",
-        "Written by `python benchmarks/page.py` from `benchmarks/results/*.json`, and from nothing "
-        "else. Times are CPU time on one thread (CUDA events on a GPU), ours and the peer's in "
-        "turn in one process: the median of the ratios of the pairs, with their quartiles. "
-        "Differences below 1.1 are none. The ceiling is that of a large matrix product, or of a "
-        "large copy where a call only moves bytes; memory is the most that tensors made during "
-        "the call hold.",
+        flowing(HOW),
         "",
         *table,
         "",
         "![All ratios](results/speeds.png)",
         "",
-        "Expect to win: a frozen or fixed first layer; whole grids of probes, which cost little "
-        "more than one setting; early exit. Expect parity: presets against the library's own "
-        "heads, taps against plain hooks, one kNN setting. Expect to lose: taps opened anew for "
-        "each batch of a very small model; float32 spectra against a plain SVD of features that "
-        "fit in memory; logistic regression with hardly any penalty on separable data.",
+        flowing(EXPECT),
     ]
     for name, content in files.items():
         page += ["", *section(name, content)]
