@@ -14,7 +14,7 @@ from accuracy import tables
 from headline import ROWS
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGE, README = HERE / "BENCHMARKS.md", HERE.parent / "README.md"
 MARK = "<!-- speeds: written by benchmarks/page.py -->"
 
 KNOWN = {  # what has a column of its own, or is for machines
@@ -119,9 +119,7 @@ def section(name, content):
         products = ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in tops.items() if k != "copy")
         lines += ["", f"Ceilings, measured: {products}; copying {tops['copy'] / 1e9:.1f} GB/s."]
     if accuracies := tables.with_rows(content):
-        image = f"results/{name}-accuracy.png"
-        tables.picture(accuracies, HERE / image)
-        lines += ["", f"![Accuracy before and behind each head]({image})"]
+        lines += ["", f"![Accuracy before and behind each head](results/{name}-accuracy.png)"]
     for one in accuracies:
         lines += ["", f"### {words(one['name'])}", "", *tables.table(one)]
     timed = [one for one in content["benchmarks"] if one not in accuracies]
@@ -171,11 +169,9 @@ def flowing(text):
     return " ".join(text.split())
 
 
-def main():
-    """Writes the page, its picture and the README's table."""
-    files = results()
+def written(files):
+    """The text of the page, and of the README around its new table."""
     table = headline(files)
-    picture(infos(files["cpu"]), HERE / "results" / "speeds.png")
     page = [
         "# Benchmarks",
         "",
@@ -189,10 +185,21 @@ def main():
     ]
     for name, content in files.items():
         page += ["", *section(name, content)]
-    (HERE / "BENCHMARKS.md").write_text("\n".join(page) + "\n")
-    before, _, rest = README.read_text().partition(MARK + "\n")
+    before, _, rest = README.read_text("utf-8").partition(MARK + "\n")
     _, _, after = rest.partition(MARK)
-    README.write_text(f"{before}{MARK}\n" + "\n".join(table) + f"\n{MARK}{after}")
+    return "\n".join(page) + "\n", "\n".join([before + MARK, *table, MARK + after])
+
+
+def main():
+    """Writes the page, its pictures and the README's table."""
+    files = results()
+    page, readme = written(files)
+    PAGE.write_text(page, "utf-8")
+    README.write_text(readme, "utf-8")
+    picture(infos(files["cpu"]), HERE / "results" / "speeds.png")
+    for name, content in files.items():
+        if accuracies := tables.with_rows(content):
+            tables.picture(accuracies, HERE / "results" / f"{name}-accuracy.png")
 
 
 if __name__ == "__main__":
