@@ -1,7 +1,8 @@
 """Both sides in one process, taking turns: CPU time on one thread, or CUDA events.
 
-Such a ratio moves little on a busy machine. `pytest benchmarks --benchmark-only` prints times and
-ratios; all numbers also stand in `extra_info` of pytest-benchmark's JSON (`--benchmark-json=FILE`).
+Such a ratio moves little on a busy machine, and does not see a side that sleeps. `pytest benchmarks
+--benchmark-only` prints times and ratios; all numbers also stand in `extra_info` of
+pytest-benchmark's JSON (`--benchmark-json=FILE`).
 """
 
 import gc
@@ -13,6 +14,7 @@ import time
 import measure
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from headplug.compare.machine import machine, versions
 from headplug.device import pick_device
@@ -24,7 +26,7 @@ RATIOS, CEILINGS = pytest.StashKey(), pytest.StashKey()
 def pytest_addoption(parser):
     group = parser.getgroup("headplug")
     group.addoption("--full", action="store_true", help="the sizes of a GPU, not of a laptop")
-    group.addoption("--device", default="auto", help="auto, cpu or cuda")
+    group.addoption("--device", default="auto", choices=("auto", "cpu", "cuda"))
     group.addoption("--data", default="digits", help="of accuracy: what `headplug compare` takes")
     group.addoption("--seeds", type=int, default=2, help="of accuracy: how many")
     group.addoption("--fraction", type=float, default=0.02, help="of a paper's grid to run")
@@ -32,17 +34,24 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RATIOS], config.stash[CEILINGS] = [], {}
+    if config.getoption("seeds") < 1:
+        raise pytest.UsageError("--seeds must be at least 1")
+    if not 0 < config.getoption("fraction") <= 1:
+        raise pytest.UsageError("--fraction lies above 0 and is at most 1")
     try:
         pick_device(config.getoption("device"))
     except HeadplugError as error:
         raise pytest.UsageError(str(error)) from None
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
+def pytest_benchmark_update_machine_info(machine_info):
+    machine_info.update(machine=machine(), versions=versions())
+
+
+def pytest_benchmark_update_json(config, output_json):
+    """What differs from run to run, so that pytest-benchmark compares them without a warning."""
     command = shlex.join(["pytest", *sys.argv[1:]])
-    machine_info.update(
-        machine=machine(), versions=versions(), command=command, ceilings=config.stash[CEILINGS]
-    )
+    output_json["headplug"] = {"command": command, "ceilings": config.stash[CEILINGS]}
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -62,6 +71,7 @@ def full(pytestconfig):
 @pytest.fixture(scope="session")
 def device(pytestconfig):
     """Where to compute."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what it says, as in the ceiling
     return pick_device(pytestconfig.getoption("device"))
 
 
@@ -80,9 +90,11 @@ def cuda(device):
 
 
 @pytest.fixture
-def one_thread():
+def one_thread(monkeypatch):
+    """For torch; children and what is not loaded yet read it from the environment."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     torch.set_num_threads(threads)
 
@@ -101,8 +113,8 @@ def against(benchmark, one_thread, request, device):
 
     `samples` are those of a call, for a rate; `moved` the bytes that a call has to read and write;
     `dtype` that of its products, None if they are not what it spends its time on; `eager` both
-    sides' work where it cannot be counted while it is compiled or a graph. Memory is that of
-    tensors beyond those there before the call.
+    sides' work where it cannot be counted while it is compiled or a graph. Memory, which is not
+    noted then, is that of tensors beyond those there before the call.
     """
 
     def run(
@@ -117,11 +129,12 @@ def against(benchmark, one_thread, request, device):
         gc.collect()
         spent = {name: [] for name in sides}
         until = time.monotonic() + budget
-        for i in range(rounds):
-            if i >= min(rounds, 5) and time.monotonic() > until:
-                break
-            for name in list(sides)[:: 1 if i % 2 else -1]:
-                spent[name].append(measure.seconds(sides[name], device))
+        with threadpool_limits(1):  # NumPy's and SciPy's, now that they are loaded
+            for i in range(rounds):
+                if i >= min(rounds, 5) and time.monotonic() > until:
+                    break
+                for name in list(sides)[:: 1 if i % 2 else -1]:
+                    spent[name].append(measure.seconds(sides[name], device))
         ratios = [a / b for a, b in zip(*spent.values(), strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         info = benchmark.extra_info
@@ -135,7 +148,7 @@ def against(benchmark, one_thread, request, device):
             median = statistics.median(spent[name])
             work, peak = measure.counted(counts[name], device)
             info[f"{name}ms"] = 1000 * median
-            if peak:
+            if peak and not eager:
                 info[f"{name}peak_mib"] = peak / 2**20
             if work and dtype:
                 info[f"{name}gflop_per_s"] = work / median / 1e9

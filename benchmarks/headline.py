@@ -15,8 +15,13 @@ ROWS = [
     ("`reweighting` head step", "the same", ["test_papers_heads_against_simclr[reweighting]"]),
     (
         "presets' head steps, least and most",
-        "lightly's own heads; bare layers as in solo-learn",
-        ["test_head_against_*"],
+        "lightly's own heads",
+        ["test_head_against_lightly*"],
+    ),
+    (
+        "presets of solo-learn's recipes, least and most",
+        "the bare layers",
+        ["test_head_against_bare*"],
     ),
     (
         "`simclr`, `byol`, `barlow_twins` head steps in bfloat16",

@@ -18,8 +18,8 @@ PAGE, README = HERE / "BENCHMARKS.md", HERE.parent / "README.md"
 MARK = "<!-- speeds: written by benchmarks/page.py -->"
 
 KNOWN = {  # what has a column of its own, or is for machines
-    *("ratio", "ratio_low", "ratio_high", "pairs", "ms", "peer_ms", "peak_mib", "peer_peak_mib"),
-    *("samples_per_s", "peer_samples_per_s", "gflop_per_s", "gb_per_s"),
+    *("ratio", "ratio_low", "ratio_high", "ms", "peer_ms", "peak_mib", "peer_peak_mib"),
+    *("samples_per_s", "peer_samples_per_s", "gflop_per_s"),
     *("of_matmul_ceiling", "of_copy_ceiling", "summary"),
 }
 HOW = """
@@ -31,12 +31,13 @@ is the most that tensors made during the call hold.
 """
 EXPECT = """
 Expect to win: a frozen or fixed first layer, where the head is a large part of the step (Barlow
-Twins, VICReg) or is stepped alone; whole grids of probes, which cost little more than one setting;
-ridge, spectra and CKA; early exit. Expect parity: presets against the library's own heads, in any
+Twins) or is stepped alone; whole grids of probes, which cost little more than one setting; ridge,
+spectra and CKA; early exit. Expect parity: presets against the library's own heads, in any
 precision; whole SimCLR and BYOL steps, where the head is a small part; taps against plain hooks;
-one kNN setting. Expect to lose: a swap, which looks for optimisers and copies that hold the old
-head and takes about a tenth of a second once; taps opened anew for each batch of a very small
-model; logistic regression with hardly any penalty on separable data.
+one kNN setting; autoencoder pretraining against a plain loop. Expect to lose: a swap against
+setattr, as it looks for optimisers and copies that hold the old head, about a tenth of a second
+once; a grid of MLP probes, which costs several times a loop for one of them; memory of logistic
+probes and of kNN with Euclidean distances against scikit-learn.
 """
 
 
@@ -106,16 +107,17 @@ def words(name):
 
 def section(name, content):
     """One results file: how it was made, and every number."""
-    about = content["machine_info"]
+    about, commit = content["machine_info"], content["commit_info"]
+    ran = about | content.get("headplug", {})
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     lines = [
         f"## {name}",
         "",
-        f"`{about['command']}`, {content['datetime'][:10]}, commit "
-        f"`{content['commit_info']['id'][:10]}`; {about['machine']['cpu']}, "
+        f"`{ran['command']}`, {content['datetime'][:10]}, commit "
+        f"`{commit['id'][:10]}`{' with changes' * commit['dirty']}; {about['machine']['cpu']}, "
         f"{about['machine']['cores']} cores, GPU: {about['machine']['gpu']}; {versions}.",
     ]
-    if tops := about.get("ceilings"):
+    if tops := ran.get("ceilings"):
         products = ", ".join(f"{k} {v / 1e9:,.0f} GFLOP/s" for k, v in tops.items() if k != "copy")
         lines += ["", f"Ceilings, measured: {products}; copying {tops['copy'] / 1e9:.1f} GB/s."]
     if accuracies := tables.with_rows(content):
@@ -193,6 +195,8 @@ def written(files):
 def main():
     """Writes the page, its pictures and the README's table."""
     files = results()
+    if "cpu" not in files:
+        raise SystemExit("results/cpu.json is missing: run pytest with --benchmark-json=FILE.")
     page, readme = written(files)
     PAGE.write_text(page, "utf-8")
     README.write_text(readme, "utf-8")

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from headplug.errors import OptionError
 from headplug.swap.records import KEY
+from headplug.taps.options import Tap, requested
+from headplug.taps.points import Layout
 from headplug_solo.config import Block
 
 if TYPE_CHECKING:
@@ -120,6 +122,19 @@ def layer_probe(options: Block, images: Images) -> LayerProbe:
     images = replace(images)
     options = {"at" if key == "taps" else key: value for key, value in options.items()}
     return LayerProbe(images.train, images.val if images.has_val else None, **options)
+
+
+def points(probe: LayerProbe, model: Any) -> list[str]:
+    """The names of what it reads of a model, once it is sure that the model has all of them.
+
+    Raises:
+        UnknownNameError: A point matches nothing.
+        SlotError: `pre_projection` or `projection` of a model without one projection head.
+        TapError: A point's ending means nothing, or it is never called.
+    """
+    asked = requested(probe.at, Tap(""))
+    Layout(model).resolve(asked)
+    return list(asked)
 
 
 def attach(trainer: Any, probe: LayerProbe) -> None:

@@ -38,7 +38,7 @@ from headplug_solo.config import (
     read_probe,
     record,
 )
-from headplug_solo.layers import Images, attach, layer_probe
+from headplug_solo.layers import Images, attach, layer_probe, points
 
 KNN = (
     "solo-learn's kNN classifier does not run on torchmetrics 0.12 or newer, with or without "
@@ -164,21 +164,21 @@ def _adopt(cls: Any) -> None:
 def _swap_configured(model: Any, config: Any, arguments: Mapping[str, Any]) -> None:
     asked = ""
     try:
-        options = read_probe(config)  # before the record takes the place of the block
-        if options is not None:
-            asked_for = options, Images.of(config, arguments)
-            taps = layer_probe(*asked_for).at  # finds what is wrong with it now
-            setattr(model, PROBE, asked_for)
-            _say(f"LayerProbe reads {', '.join([taps] if isinstance(taps, str) else taps)}.")
-        block = read_block(config)
+        options, block = read_probe(config), read_block(config)
         if block is not None:
             asked = " ".join(f"{KEY}.head.{k}={v}" for k, v in block["head"].items())
             _swap(model, block, config)
-            return
-        made.append(None)
-        if config is not None and KEY in config:
-            _say("no other head is asked for.")
-            _write(config, None)
+            asked = ""
+        else:
+            made.append(None)
+            if config is not None and KEY in config:
+                _say("no other head is asked for.")
+                _write(config, None)
+        if options is not None:
+            probed = options, Images.of(config, arguments)
+            taps = points(layer_probe(*probed), model)  # finds what is wrong with it now
+            setattr(model, PROBE, probed)
+            _say(f"LayerProbe reads {', '.join(taps)}.")
     except HeadplugError as error:
         raise _brief(error, asked and f"\nThe config asks for {asked}") from None
 

@@ -11,6 +11,7 @@ import torch
 
 from headplug.compare import Plan, compare
 from headplug.compare.summary import hits_of, summary_rows
+from headplug.errors import HeadplugError
 
 LAPTOP = {"backbone": "test_resnet", "epochs": 5, "batch_size": 128, "ae_epochs": 20}
 # A small stem is for digits: on 32 x 32 pixels it takes ten times as long.
@@ -57,10 +58,9 @@ def compared(benchmark, device, tmp_path):
     def run(*every):
         if device.type == "cpu" and torch.cuda.is_available():
             pytest.skip("compare takes a GPU that is there; hide it with CUDA_VISIBLE_DEVICES=''")
-        plans = [Plan(**{"out": str(tmp_path), **options}) for options in every]
-        found = benchmark.pedantic(
-            lambda: [compare(plan, say=lambda line: None) for plan in plans], rounds=1
-        )
+        found = benchmark.pedantic(lambda: told(every, tmp_path), rounds=1)
+        if isinstance(found, str):
+            pytest.fail(found, pytrace=False)
         failed = [one for results in found for one in results["failed"]]
         assert not failed
         config, data = found[-1]["config"], found[-1]["data"]
@@ -71,12 +71,21 @@ def compared(benchmark, device, tmp_path):
             test_images=data["test"],
             classes=data["classes"],
             seeds=config["seeds"],
-            lr=plans[-1].rate,
+            lr=found[-1]["lr"],
             protocol=config["protocol"],
         )
         return found
 
     return run
+
+
+def told(every, folder):
+    """The results of all plans, or what is wrong with one of them."""
+    try:
+        plans = [Plan(**{"out": str(folder), **options}) for options in every]
+        return [{**compare(p, say=lambda line: None), "lr": p.rate} for p in plans]
+    except HeadplugError as error:
+        return str(error)
 
 
 @pytest.fixture

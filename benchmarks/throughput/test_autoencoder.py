@@ -21,7 +21,7 @@ from headplug import Autoencoder, pretrain_autoencoder
 
 SIDE, LATENT, HIDDEN, BATCH, RATE = 32, 256, 512, 100, 1e-4
 TEST = 500
-BOUNDS = {"lightning_and_pil": 0.9, "lightning": 1, "loop": 1.1}
+BOUNDS = {"lightning_and_pil": 0.9, "lightning": 1, "loop": 1.25}
 
 
 class Pictures(Dataset):
@@ -83,9 +83,9 @@ def lightning(train, held, epochs, device):
 
 
 def loop(train, held, epochs, device):
-    """The same by hand, on floats that lie on the device."""
+    """The same by hand, with a fused optimiser, on floats that lie on the device."""
     model = Autoencoder((3, SIDE, SIDE), LATENT, HIDDEN).to(device)
-    adam = torch.optim.Adam(model.parameters(), RATE)
+    adam = torch.optim.Adam(model.parameters(), RATE, fused=True)
     for _ in range(epochs):
         for index in torch.randperm(len(train), device=device).split(BATCH):
             x = train[index]
@@ -154,7 +154,7 @@ def test_pretraining(peer, ours, peers, pixels, epochs, benchmark, against):
         return lambda: trained.update({name: fit()})
 
     pair = keeping("mse", ours), keeping("peer_mse", peers[peer])
-    ratio = against(*pair, samples=epochs * (len(pixels) - TEST), rounds=3)
+    ratio = against(*pair, samples=epochs * (len(pixels) - TEST), rounds=5)
     test = pixels[-TEST:].float() / 255
     with torch.no_grad():
         errors = {name: F.mse_loss(ae.cpu()(test), test).item() for name, ae in trained.items()}
@@ -179,4 +179,4 @@ def test_pretraining_against_its_matrix_products_alone(ours, pixels, epochs, dev
                     if i:
                         rows[i + 1] @ weight.T
 
-    assert against(ours, products, samples=epochs * count, rounds=3) < 1.7
+    assert against(ours, products, samples=epochs * count, rounds=5) < 1.7

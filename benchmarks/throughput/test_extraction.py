@@ -42,15 +42,15 @@ def test_extraction_to_disk_against_the_bare_forward_loop(model, loader, tmp_pat
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """1 GB of features in 64 shards."""
+    """A quarter of a gigabyte of features in 16 shards."""
     path = tmp_path_factory.mktemp("features") / "store"
-    data = DataLoader(TensorDataset(torch.randn(64 * 1024, 4096)), batch_size=1024)
+    data = DataLoader(TensorDataset(torch.randn(16 * 1024, 4096)), batch_size=1024)
     extract_features(torch.nn.Sequential(torch.nn.Identity()), data, "0", path, shard_size=1024)
     return path
 
 
 @pytest.mark.parametrize("how", ["whole", "parts"])
-def test_reading_a_gigabyte_from_page_cache(how, folder, ceilings, benchmark):
+def test_reading_a_store_from_page_cache(how, folder, one_thread, benchmark):
     """With every checksum compared; in parts nothing is copied."""
 
     def read():
@@ -59,6 +59,7 @@ def test_reading_a_gigabyte_from_page_cache(how, folder, ceilings, benchmark):
             return store["0"].nbytes
         return sum(part.nbytes for part in store.parts("0"))
 
+    if not benchmark.enabled:
+        pytest.skip("nothing is timed with --benchmark-disable")
     size = benchmark.pedantic(read, rounds=5, warmup_rounds=1)
-    benchmark.extra_info["gb_per_s"] = rate = size / 1e9 / benchmark.stats["median"]
-    benchmark.extra_info["of_copy_ceiling"] = rate * 1e9 / ceilings["copy"]
+    benchmark.extra_info["gb_per_s"] = size / 1e9 / benchmark.stats["median"]

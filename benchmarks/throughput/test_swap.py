@@ -35,6 +35,8 @@ except SystemExit:
 @pytest.mark.parametrize("code", ["import headplug", HELP], ids=["import", "help"])
 def test_start_against_importing_torch(code, benchmark):
     """CPU time of fresh processes, each until torch is there and until it is done."""
+    if not benchmark.enabled:
+        pytest.skip("nothing is timed with --benchmark-disable")
     # compiled modules are kept, as pip does: the first process may have to write them
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     command, seconds = [sys.executable, "-c", CHILD.format(code=code)], []

@@ -42,7 +42,10 @@ def compare(
     output_dim: Annotated[str, typer.Option(help="Projection widths, e.g. 32,64.")] = "",
     activation: Annotated[str, typer.Option(help="Activations, e.g. relu,tanh.")] = "",
     kappa: Annotated[str, typer.Option(help="Of the reweighting head, e.g. 1.02,1.05.")] = "",
-    standardize: Annotated[bool, typer.Option(help="Z-score each channel.")] = False,
+    standardize: Annotated[
+        bool | None,
+        typer.Option(help="Z-score each channel; default: as pretrained weights need it, or not."),
+    ] = None,
     limit: Limit = None,
     image_size: ImageSize = None,
     stem: Annotated[str, typer.Option(help="auto, small or default.")] = "auto",

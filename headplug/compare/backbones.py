@@ -5,7 +5,8 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from headplug.errors import OptionError, RunError, unknown
 
@@ -110,3 +111,15 @@ def stages(backbone: nn.Module) -> list[str]:
     if len(found) <= 6:
         return found
     return [found[round((i + 1) * len(found) / 6) - 1] for i in range(6)]
+
+
+def as_pretrained(model: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation `(channels,)` of the images that a timm model's weights were trained on.
+
+    With another number of channels than three, the average for each.
+    """
+    config: Any = model.pretrained_cfg
+    mean, std = (torch.tensor(config[key]) for key in ("mean", "std"))
+    if channels != len(mean):
+        mean, std = (m.mean().expand(channels).clone() for m in (mean, std))
+    return mean, std

@@ -81,7 +81,9 @@ class Plan:
         output_dims: Projection widths to sweep, for the heads that can change it.
         activations: Activations to sweep, for the heads that have one.
         kappas: Values of kappa to sweep, for the reweighting head.
-        standardize: Subtract the mean and divide by the standard deviation of each channel.
+        standardize: Subtract the mean and divide by the standard deviation of each channel, of the
+            training images. Left out, images of a pretrained backbone are normalised as timm has it
+            for its weights, and others are not.
         limit: Use a class-balanced subset of this many training images.
         image_size: Side to resize images to; left out, their own.
         stem: "small" keeps the resolution in a ResNet's stem, "default" leaves the model as it is,
@@ -110,7 +112,7 @@ class Plan:
     output_dims: Sequence[int] = ()
     activations: Sequence[str] = ()
     kappas: Sequence[float] = ()
-    standardize: bool = False
+    standardize: bool | None = None
     limit: int | None = None
     image_size: int | None = None
     stem: str = "auto"

@@ -1,4 +1,4 @@
-"""One run: a head and a seed, trained, read at every layer and probed by all processes together.
+"""One run: a head and a seed, trained, read at every layer and probed.
 
 Its folder holds run.json (the record) and model.safetensors (backbone and head); checkpoint.ckpt
 until it is finished. run.json is written last, so that it says that the other is there.
@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from headplug.autoencoder import Autoencoder, pretrain_autoencoder
 from headplug.compare.augment import Views, statistics
-from headplug.compare.backbones import build_backbone, stages
+from headplug.compare.backbones import as_pretrained, build_backbone, stages
 from headplug.compare.data import ImageData
 from headplug.compare.plan import HeadChoice, Plan
 from headplug.compare.processes import is_first, wait
@@ -51,17 +51,16 @@ class Runner:
     def __init__(self, plan: Plan, data: ImageData) -> None:
         self.plan, self.data = plan, data
         EpochBatches(len(data.train), plan.batch_size, world_size=plan.devices * plan.nodes)
-        self.width = int(self._backbone(0).num_features)  # type: ignore[arg-type]
+        backbone = self._backbone(0)
+        self.width = int(backbone.num_features)  # type: ignore[arg-type]
         for choice in plan.choices:
             choice.check(self.width)
+        moments = self._moments(backbone)
         channels = data.train.shape[0]
-        mean, std = torch.zeros(channels), torch.ones(channels)
-        if plan.standardize:  # of at most 10,000 images, so that they need not all be in memory
-            total = len(data.train)
-            rows = torch.linspace(0, total - 1, min(total, 10_000)).long()
-            mean, std = statistics(data.train[rows][0])
-        self.views = Views(data.train.shape, mean, std)
-        given = (mean.tolist(), std.tolist()) if plan.standardize else ((), ())
+        self.views = Views(
+            data.train.shape, *(moments or (torch.zeros(channels), torch.ones(channels)))
+        )
+        given = [m.tolist() for m in moments] if moments else ((), ())
         self.seen = dict(zip(("image_mean", "image_std"), given, strict=True))
 
     def __call__(self, choice: HeadChoice, seed: int, folder: Path) -> str:
@@ -87,12 +86,8 @@ class Runner:
             precision=self.plan.precision,
             workers=self.plan.workers,
         )
-        told = {
-            "train_images_per_s": model.images / model.seconds,
-            "train_seconds": model.seconds,
-            "losses": model.losses,
-        }
-        model.losses, model.seconds = [], 0.0  # what differs on each process is no common model
+        if not is_first():  # the features of all layers are kept once, not by each process
+            return ""
         learned, tested = self._features(model)
         report = probe_layers(
             learned,
@@ -100,19 +95,18 @@ class Runner:
             probes=list(self.plan.probes),
             protocol=self.plan.protocol,
             seed=seed,
-            distributed=True,
-            show_progress=is_first(),
+            show_progress=True,
         )
-        if not is_first():
-            return ""
         trainable, frozen = count(model.projection_head)
         record: dict[str, Any] = {
             "head": choice.label,
             "head_config": model.projection_head.config,
             "seed": seed,
-            **told,
+            "train_images_per_s": model.images / model.seconds,
+            "train_seconds": model.seconds,
             "head_params_trainable": trainable,
             "head_params_frozen": frozen,
+            "losses": model.losses,
             **self.seen,
             **as_record(report),
         }
@@ -121,6 +115,18 @@ class Runner:
             record["autoencoder"] = {"val_mse": min(losses), "epochs": len(losses)}
         _finish(folder, model, record)
         return f"{record['train_images_per_s']:.0f} images/s, {_before_and_after(report)}"
+
+    def _moments(self, backbone: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of each channel that images are normalised with, if they are."""
+        if (
+            self.plan.standardize
+        ):  # of at most 10,000 images, so that they need not all be in memory
+            total = len(self.data.train)
+            rows = torch.linspace(0, total - 1, min(total, 10_000)).long()
+            return statistics(self.data.train[rows][0])
+        if self.plan.standardize is None and self.plan.pretrained:
+            return as_pretrained(backbone, self.data.train.shape[0])
+        return None
 
     def _model(self, choice: HeadChoice, seed: int, autoencoder: Autoencoder | None) -> SSLModel:
         options = {**choice.options, "input_dim": self.width}
@@ -181,7 +187,14 @@ class Runner:
                 images, batch_size=None, sampler=batches, num_workers=self.plan.workers
             )
             found.append(
-                extract_features(model, loader, at, transform=self.views.plain, show_progress=True)
+                extract_features(
+                    model,
+                    loader,
+                    at,
+                    transform=self.views.plain,
+                    distributed=False,
+                    show_progress=True,
+                )
             )
         model.cpu()
         # A ResNet's last stage, averaged, is the representation itself: once is enough.

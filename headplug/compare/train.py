@@ -297,9 +297,7 @@ def trainer_for(devices: int, nodes: int, precision: Any, epochs: int) -> pl.Tra
     if world > 1:
         from lightning.pytorch.strategies import DDPStrategy
 
-        strategy = DDPStrategy(
-            timeout=timedelta(days=1)
-        )  # others wait while the first one pretrains
+        strategy = DDPStrategy(timeout=timedelta(days=1))  # others wait while the first one probes
     return pl.Trainer(
         max_epochs=epochs,
         accelerator="auto",

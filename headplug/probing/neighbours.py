@@ -4,7 +4,8 @@ Memory stays bounded whatever the size of bank and queries: blocks thick enough 
 product fast meet the bank piece by piece, and there is no second copy of the bank. Near duplicates,
 tight clusters, features that have collapsed, half precision and features of any size keep their
 neighbours and distances: all is done relative to the middle of the bank, and again in float64 where
-float32 cannot tell the samples apart. CPU and GPU run the same code.
+float32 cannot tell the samples apart. Small integers and binary features are summed without
+rounding, so that samples at the same distance tie. CPU and GPU run the same code.
 """
 
 from __future__ import annotations
@@ -92,11 +93,8 @@ class Bank:
         self._step = min(PIECE, self._run)
         # a power of two is exact
         self._factor = 2.0 ** min(126, -math.frexp(max(p.peak for p in parts))[1])
-        shares = torch.tensor([p.size / self.size for p in parts if p.size]).double()
-        self._middles = {
-            d: shares @ torch.stack([p.middles[d] for p in parts if p.size]) for d in DISTANCES
-        }
-        self._middles["euclidean"] *= self._factor
+        largest = max(parts, key=lambda p: p.size).middles  # a mean of several would break ties
+        self._middles = {**largest, "euclidean": largest["euclidean"] * self._factor}
 
     def nearest(
         self, queries: Tensor, k: int, distance: str, rows: int
@@ -202,8 +200,7 @@ def _gaps(queries: Tensor, piece: Tensor) -> Tensor:
 
 
 def _squared(rows: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return length.square_()
+    return rows.square().sum(1)  # exact for small integers, which the square of a norm is not
 
 
 def _lowest(gaps: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def _by_features(
 def _by_samples(features: Tensor, targets: Targets, middle: Tensor) -> _Decomposed:
     """W = Zᵀ U (Λ + λ)⁻¹ Uᵀ (Y / N) with Z Zᵀ / N = U Λ Uᵀ."""
     count = len(features)
-    mean, std = mean_and_std(features)
+    mean, std = mean_and_std(features.double())
     z = (features.double() - mean) / std
     values, u = torch.linalg.eigh(z @ z.T / count)
     values = values.clamp(min=0)

@@ -390,8 +390,11 @@ def test_pretrained_backbones_start_from_the_weights_that_timm_finds(tmp_path, m
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
     save_file(model.state_dict(), repo / "snapshots" / "abc" / "model.safetensors")
-    compare(plan, say=quiet)
+    (run,) = compare(plan, say=quiet)["runs"]
     assert plan.stem == "default"  # a small one would have a new first convolution
+    for moment in ("mean", "std"):  # what the weights were trained on, of one channel
+        of_timm = sum(model.pretrained_cfg[moment]) / 3
+        assert run[f"image_{moment}"] == pytest.approx([of_timm])
     folder = plan.folder_of(plan.choices[0], 0)
     trained = dict(load_model(str(folder), shape=(1, 8, 8)).model.backbone.named_parameters())
     for name, weight in model.named_parameters():

@@ -62,6 +62,30 @@ def test_p_of_hits_is_mcnemars_exact(won, lost):
     assert found.low <= found.value <= found.high
 
 
+def hits(won, lost, same):
+    return np.repeat([1, 0, 1], [won, lost, same]), np.repeat([0, 1, 1], [won, lost, same])
+
+
+@pytest.mark.parametrize(("won", "lost"), [(5, 0), (0, 8), (3, 9), (120, 80), (24000, 26000)])
+def test_the_interval_of_hits_is_clopper_and_pearsons_of_those_that_differ(won, lost):
+    total, count = won + lost, won + lost + 57
+    share = binomtest(won, total).proportion_ci(method="exact")
+    expected = [(2 * end - 1) * total / count for end in (share.low, share.high)]
+    found = paired_hits(*hits(won, lost, 57))
+    assert [found.low, found.high] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_interval_of_hits_excludes_none_exactly_where_p_says_so():
+    for won in range(30):
+        for lost in range(30):
+            found = paired_hits(*hits(won, lost, 11))
+            assert (found.low > 0 or found.high < 0) == (found.p < 0.05), (won, lost)
+            assert -1 <= found.low <= found.value <= found.high <= 1
+            back = paired_hits(*hits(lost, won, 11))
+            assert (back.low, back.high) == (-found.high, -found.low)
+    assert paired_hits(*hits(0, 0, 11))[:4] == (0, 0, 0, 1)
+
+
 def test_p_of_several_draws_is_small_for_a_difference_and_rarely_for_none():
     same = RNG.random((5, 400)) < 0.6
     better = same | (RNG.random((5, 400)) < 0.2)
@@ -170,6 +194,17 @@ def test_paired_scores_are_surer_than_two_intervals():
     nothing = paired_scores(both[:1].repeat(2, 1, 1), targets)
     assert nothing.value == 0
     assert nothing.p == 1
+
+
+def test_a_difference_of_scores_stays_within_what_is_possible():
+    truth = torch.tensor([[True, False, True]] * 3 + [[False, True, False]] * 9)
+    both = torch.stack([truth.double(), 1 - truth.double()])
+    both += 0.8 * torch.rand(both.shape, generator=torch.Generator().manual_seed(0))
+    found = paired_scores(both, Targets("multilabel", truth, 3))
+    assert 0.5 < found.value < found.high == 1.0
+    assert paired_scores(both.flip(0), Targets("multilabel", truth, 3)).low == -1.0
+    numbers = Targets("regression", truth.double(), 3)
+    assert paired_scores(both, numbers).high > 1
 
 
 def test_holm_is_the_definition():

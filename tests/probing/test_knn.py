@@ -332,6 +332,12 @@ def work(rank):
             expected = whole[kind][:, ask:] if rank else whole[kind][:, :ask]
             same = (got - expected).abs() <= 1e-5
             found[name][kind] = [list(got.shape), bool(same.all())]
+    binary = [(x > 3).float() for x in (bank, queries)]  # full of exact ties
+    euclidean = knn_grid((1, 9), distances=["euclidean"], votes=["equal"])
+    alone = knn_predict(binary[0], labels["classes"], binary[1], euclidean)
+    parts = [mine(x, 300) for x in (binary[0], labels["classes"], binary[1])]
+    got = knn_predict(*parts, euclidean, group=world)
+    found["ties"] = torch.equal(got, mine(alone.T, 300).T)
     apart = [torch.cat([x[:300], x[300:] - 6]) + 1e4 for x in (bank, queries)]  # of each process
     alone = knn_predict(apart[0], labels["classes"], apart[1], grid)
     got = knn_predict(*(mine(x, 300) for x in (apart[0], labels["classes"], apart[1])), grid,
@@ -401,6 +407,7 @@ def test_two_processes_give_what_one_gives_and_fail_together(tmp_path):
         assert "7 and 8 features" in f["widths"][1]
         assert "1 regression and classes" in f["kinds"][1]
         assert "the bank has no samples" in f["nothing"][1]
+        assert f["ties"]
         assert f["collapsed"]
         assert f["alone"] == 360
         assert f["after all"] is None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
 
 from headplug.probing import KNNSetting, knn_grid, knn_predict, neighbours
 from headplug.probing.neighbours import Bank, Part
@@ -71,6 +73,30 @@ def test_equally_near_samples_come_in_order_of_their_index(monkeypatch, distance
         far, index = nearest(distinct[which], queries, k, distance)
         assert torch.equal(index, whole[:, :k]), k
         assert (far.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize(("low", "high", "dim"), [(0, 2, 3), (0, 2, 40), (-3, 4, 5), (0, 17, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8])
+def test_exact_ties_of_integers_go_to_the_lowest_index(low, high, dim, dtype):
+    points = np.random.default_rng(0).integers(low, high, (700, dim))
+    bank, queries = (torch.from_numpy(x).to(dtype) for x in (points[:500], points[500:]))
+    squares = ((points[500:, None] - points[:500]) ** 2).sum(2)
+    order = np.argsort(squares, axis=1, kind="stable")
+    assert (np.diff(np.sort(squares, axis=1)) == 0).any(axis=1).all()  # every query has ties
+    for k in (1, 7, 500):
+        far, index = nearest(bank, queries, k, "euclidean")
+        assert (index.numpy() == order[:, :k]).all()
+        np.testing.assert_allclose(far, np.sqrt(np.sort(squares, axis=1))[:, :k], rtol=1e-6)
+
+
+def test_binary_digits_are_told_apart_as_by_scikit_learn():
+    digits, labels = load_digits(return_X_y=True)
+    digits = (digits > 7).astype(np.float64)
+    peer = KNeighborsClassifier(1, algorithm="brute").fit(digits[:1000], labels[:1000])
+    bank, queries = torch.from_numpy(digits).float().split([1000, 797])
+    labels = torch.from_numpy(labels[:1000])
+    found = knn_predict(bank, labels, queries, [KNNSetting(1, "euclidean")])[0]
+    assert found.tolist() == peer.predict(digits[1000:]).tolist()
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

@@ -97,6 +97,20 @@ def test_the_choice_of_penalty_is_that_of_sklearn(blobs, count, dim):
     assert accuracy[best] > accuracy.max() - 0.05
 
 
+def test_a_weak_penalty_keeps_the_digits_where_features_are_more_than_samples(blobs):
+    """As by NumPy in float64, from the hat matrix of the standardised features."""
+    (x, _), count = blobs(60, 150), 60
+    x = x * torch.logspace(-2, 2, 150) + 100
+    y = x[:, :2].double().numpy() + np.random.default_rng(0).normal(size=(count, 2))
+    (z,) = standardized(x)
+    gram = z @ z.T
+    hat = gram @ np.linalg.inv(gram + 1e-6 * count * np.eye(count)) + 1 / count
+    rest = (1 - np.diag(hat))[:, None]
+    expected = y - (y - y.mean(0) - (hat - 1 / count) @ (y - y.mean(0))) / rest
+    models = fit_ridge(x, torch.from_numpy(y), [RidgeSetting(1e-6)])
+    np.testing.assert_allclose(models.left_out[0].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_float32_is_as_good_where_it_is_used(blobs):
     """Correlated features with means far from zero, and the weakest penalty that it is used for."""
     x, y = blobs(3000, 64)

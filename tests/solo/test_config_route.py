@@ -335,6 +335,24 @@ def test_a_head_that_cannot_be_is_refused_with_the_line_to_change(
 
 @needs_main
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("unknown", "no tap is called 'bakbone'. Closest: backbone"),
+        ("no projector", "'pre_projection' needs one projection head"),
+        ("head taken", "no tap is called 'projection.hidden7'"),
+    ],
+)
+def test_taps_that_the_model_lacks_are_refused_as_it_is_made(
+    loads: dict[str, Any], mistake: str, words: str
+) -> None:
+    assert words in loads["refused taps"][mistake]
+    assert "The config asks for" not in loads["refused taps"][mistake]
+    assert loads["probed as said"] == ["backbone", "projection"]
+
+
+@needs_main
+@pytest.mark.slow
 def test_the_head_of_a_yaml_file_can_be_taken_back(loads: dict[str, Any]) -> None:
     assert loads["no head"] == ["Sequential", False]
 
@@ -672,6 +690,16 @@ def script_loads(folder: Path) -> dict[str, Any]:
     found["refused"]["mae"] = attempt(lambda: METHODS["mae"](mae), {})
     linear = OmegaConf.create({**bare, "headplug": {"head": "reweighting"}})
     found["linear"] = attempt(lambda: METHODS["linear"](stock.backbone, cfg=linear), {})
+    bakbone = {"probe": {"taps": ["bakbone"]}}
+    seventh = {"head": "reweighting", "probe": {"taps": "projection.hidden7"}}
+    mae = OmegaConf.create({**bare, **masked, "method": "mae", "headplug": {"probe": {}}})
+    found["refused taps"] = {
+        "unknown": attempt(lambda: build(SimCLR, bakbone)[0], {}),
+        "no projector": attempt(lambda: METHODS["mae"](mae), {}),
+        "head taken": attempt(lambda: build(SimCLR, seventh)[0], {}),
+    }
+    probed, _ = build(SimCLR, {"probe": {"taps": ["backbone", "projection"]}})
+    found["probed as said"] = list(probed._layer_probe_of_headplug[0]["taps"])
     return found
 
 
