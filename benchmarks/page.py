@@ -35,9 +35,9 @@ Twins) or is stepped alone; whole grids of probes, which cost little more than o
 spectra and CKA; early exit. Expect parity: presets against the library's own heads, in any
 precision; whole SimCLR and BYOL steps, where the head is a small part; taps against plain hooks;
 one kNN setting; autoencoder pretraining against a plain loop. Expect to lose: a swap against
-setattr, as it looks for optimisers and copies that hold the old head, about a tenth of a second
-once; a grid of MLP probes, which costs several times a loop for one of them; memory of logistic
-probes and of kNN with Euclidean distances against scikit-learn.
+setattr, as it looks for optimisers and copies that hold the old head, one or two tenths of a second
+once; a grid of MLP probes, which costs several times a loop for one of them; memory of kNN with
+Euclidean distances against scikit-learn.
 """
 
 

@@ -79,9 +79,9 @@ class LayerReport:
     def gaps(self) -> list[dict[str, Any]]:
         """What every probe finds more before the head than after it ("guillotine" gap).
 
-        One dict a task, probe and shots: these, value, low, high (95%, paired bootstrap over test
-        samples), p (of no difference, for all of a task together: Holm) and test. Empty without the
-        taps pre_projection and projection; a saved report has those of classes.
+        One dict a task, probe and shots: these, value, low, high and p, see
+        `headplug.probing.intervals.Difference` (p holds for all of a task together: Holm) and test.
+        Empty without the taps pre_projection and projection; a saved report has those of classes.
         """
         found = []
         for task in dict.fromkeys(row["task"] for row in self.rows):
