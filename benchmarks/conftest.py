@@ -108,7 +108,24 @@ def ceilings(pytestconfig, device, one_thread):
 
 
 @pytest.fixture
-def against(benchmark, one_thread, request, device):
+def noted(benchmark, request):
+    """Puts the ratios of pairs into `extra_info` and the table at the end, and gives the median."""
+
+    def note(ours, peer):
+        ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        benchmark.extra_info.update(
+            ratio=middle, ratio_low=low, ratio_high=high, pairs=len(ratios),
+            ms=1000 * statistics.median(ours), peer_ms=1000 * statistics.median(peer),
+        )  # fmt: skip
+        request.config.stash[RATIOS].append((request.node.name, middle, low, high))
+        return middle
+
+    return note
+
+
+@pytest.fixture
+def against(benchmark, one_thread, request, device, noted):
     """Times `ours` with pytest-benchmark and its ratio to `peer` in interleaved pairs.
 
     `samples` are those of a call, for a rate; `moved` the bytes that a call has to read and write;
@@ -135,19 +152,14 @@ def against(benchmark, one_thread, request, device):
                     break
                 for name in list(sides)[:: 1 if i % 2 else -1]:
                     spent[name].append(measure.seconds(sides[name], device))
-        ratios = [a / b for a, b in zip(*spent.values(), strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        info = benchmark.extra_info
-        info.update(ratio=middle, ratio_low=low, ratio_high=high, pairs=len(ratios))
-        request.config.stash[RATIOS].append((request.node.name, middle, low, high))
+        middle = noted(*spent.values())
         if guarded:
             return middle
-        ceilings = request.getfixturevalue("ceilings")
+        info, ceilings = benchmark.extra_info, request.getfixturevalue("ceilings")
         counts = dict(zip(sides, eager or sides.values(), strict=True))
         for name in sides:
             median = statistics.median(spent[name])
             work, peak = measure.counted(counts[name], device)
-            info[f"{name}ms"] = 1000 * median
             if peak and not eager:
                 info[f"{name}peak_mib"] = peak / 2**20
             if work and dtype:

@@ -20,8 +20,8 @@ ROWS = [
     ),
     (
         "presets of solo-learn's recipes, least and most",
-        "the bare layers",
-        ["test_head_against_bare*"],
+        "solo-learn's own modules",
+        ["test_head_against_solo*"],
     ),
     (
         "`simclr`, `byol`, `barlow_twins` head steps in bfloat16",
