@@ -76,7 +76,7 @@ def picture(ones, path):
                 text = label if number == 0 else None
                 axes.plot(100 * row["accuracy"], y, "o", color=colour, markersize=6, label=text)
         axes.set_yticks(range(len(heads)), heads, fontsize=8)
-        axes.invert_yaxis()
+        axes.set_ylim(len(heads) - 0.5, -0.5)
         axes.grid(axis="x", color="#e5e5e5")
         axes.set_title(one["name"].removeprefix("test_").replace("_", " "), fontsize=9, loc="left")
         axes.set_xlabel(f"accuracy of a {probe} probe, % with 95% interval", fontsize=8)
