@@ -20,7 +20,7 @@ def model(full, device):
 
 @pytest.fixture(scope="module")
 def loader(full):
-    size, batch = ((4096, 3, 224, 224), 256) if full else ((768, 3, 64, 64), 32)
+    size, batch = ((4096, 3, 224, 224), 256) if full else ((512, 3, 64, 64), 32)
     data = TensorDataset(torch.randn(size), torch.arange(size[0]))
     return DataLoader(data, batch_size=batch)
 
