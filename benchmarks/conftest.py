@@ -128,16 +128,13 @@ def noted(benchmark, request):
 def against(benchmark, one_thread, request, device, noted):
     """Times `ours` with pytest-benchmark and its ratio to `peer` in interleaved pairs.
 
-    `samples` are those of a call, for a rate; `moved` the bytes that a call has to read and write;
-    `dtype` that of its products, None if they are not what it spends its time on; `eager` both
-    sides' work where it cannot be counted while it is compiled or a graph. Memory, which is not
-    noted then, is that of tensors beyond those there before the call. What takes two seconds is not
-    counted, as that takes several times as long.
+    `samples` are those of a call, for a rate; `dtype` that of its products, None if they are not
+    what it spends its time on; `eager` both sides' work where it cannot be counted while it is
+    compiled or a graph. Memory, which is not noted then, is that of tensors beyond those there
+    before the call. What takes two seconds is not counted, as that takes several times as long.
     """
 
-    def run(
-        ours, peer, *, rounds=31, budget=2, samples=None, moved=None, dtype="float32", eager=None
-    ):
+    def run(ours, peer, *, rounds=31, budget=2, samples=None, dtype="float32", eager=None):
         guarded = not benchmark.enabled  # in the test suite
         rounds = min(rounds, 7) if guarded else rounds
         sides = {"": ours, "peer_": peer}
@@ -170,9 +167,6 @@ def against(benchmark, one_thread, request, device, noted):
             if work and dtype:
                 info[f"{name}gflop_per_s"] = work / median / 1e9
                 info[f"{name}of_matmul_ceiling"] = work / median / ceilings[dtype]
-            if moved:
-                info[f"{name}gb_per_s"] = moved / median / 1e9
-                info[f"{name}of_copy_ceiling"] = moved / median / ceilings["copy"]
         benchmark.pedantic(measure.waited(ours, device), rounds=3 if info["ms"] < 1000 else 1)
         return middle
 
