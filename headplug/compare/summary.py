@@ -2,7 +2,8 @@
 
 Heads and layers are chosen by accuracy on the held-out part of train; what is reported is accuracy
 on test. Intervals come from a bootstrap that draws seeds and test images anew, the same for both
-sides of a difference, since all heads see the same test images and share seeds.
+sides of a difference, since all heads see the same test images and share seeds; with one seed from
+exact tests.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import numpy as np
 
 from headplug.probing import LayerReport
 from headplug.probing.hits import unpacked
-from headplug.probing.intervals import bootstrap, wilson_interval
+from headplug.probing.intervals import bootstrap, paired_hits, wilson_interval
 
 METHOD = "paired bootstrap over test images and seeds"
+EXACT = "McNemar's exact test over test images"
 Hits = Mapping[tuple[str, int], Mapping[tuple[str, str], np.ndarray]]
 
 
@@ -166,6 +168,8 @@ def _paired(hits: Hits, *sides: tuple[str, tuple[str, str]]) -> tuple[np.ndarray
     )
     if not shared:  # then pairs are of test images alone
         ours, theirs = ours.mean(0, keepdims=True), theirs.mean(0, keepdims=True)
+    if len(shared) == 1:
+        return _difference(ours, theirs), EXACT
     return _difference(ours, theirs), METHOD if shared else "paired bootstrap over test images"
 
 
@@ -175,8 +179,16 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, name: str) -> dict[str, float]:
-    """Mean of (seeds, images) and its 95% interval: Wilson's of one accuracy, else by bootstrap."""
-    one = len(values) == 1 and set(np.unique(values)) <= {0, 1} and name == "accuracy"
+    """Mean of (seeds, images) and its 95% interval, by bootstrap.
+
+    With one seed: Wilson's of an accuracy, that of McNemar's exact test of a difference.
+    """
     mean = float(values.mean())
-    low, high = wilson_interval(mean, values.shape[1]) if one else bootstrap(values)
+    if len(values) > 1 or not set(np.unique(values)) <= {-1, 0, 1}:
+        low, high = bootstrap(values)
+    elif name == "accuracy":
+        low, high = wilson_interval(mean, values.shape[1])
+    else:
+        exact = paired_hits(values, np.zeros_like(values))
+        low, high = exact.low, exact.high
     return {name: mean, "low": low, "high": high}

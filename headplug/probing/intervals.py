@@ -129,7 +129,7 @@ class Difference(NamedTuple):
 
     Attributes:
         value: The difference of the metric.
-        low: Of its 95% interval, by the exact test or a paired bootstrap.
+        low: Of its 95% interval, by a paired bootstrap.
         high: Of the same.
         p: Of the hypothesis that there is none, two-sided.
         test: How p was found.
@@ -150,9 +150,10 @@ def paired_hits(ours: Any, theirs: Any) -> Difference:
         theirs: The same of the other side; one repeat stands against each of several.
 
     Returns:
-        If both have one repeat, p of McNemar's exact test (1947) and the interval that goes with it
-        (Clopper and Pearson 1934, of the share won among the samples that differ, whose number is
-        taken as given): it excludes 0 where p < 0.05 and nowhere else. Otherwise of a normal
+        If both have one repeat, p of McNemar's exact test (1947) and the interval of a paired
+        bootstrap, widened to that of the test (Clopper and Pearson 1934, of the share won among the
+        samples that differ, whose number is taken as given); on which side of 0 an end lies the
+        test decides, so that 0 is excluded where p < 0.05 and nowhere else. Otherwise of a normal
         distribution with the bootstrap's spread.
 
     Raises:
@@ -170,9 +171,12 @@ def paired_hits(ours: Any, theirs: Any) -> Difference:
     difference = a - b
     if len(difference) == 1:
         won, lost = int((difference > 0).sum()), int((difference < 0).sum())
-        ends = 0.0 - _most(lost, won), _most(won, lost)
-        value, low, high = (x / a.shape[1] for x in (won - lost, *ends))
-        return Difference(value, low, high, _sign_test(won, lost), "McNemar's exact test")
+        least, most = -_most(lost, won) / a.shape[1], _most(won, lost) / a.shape[1]
+        low, high = bootstrap(difference)
+        low = least if low <= 0 < least else min(low, least)
+        high = most if most < 0 <= high else max(high, most)
+        p = _sign_test(won, lost)
+        return Difference(float(difference.mean()), low, high, p, "McNemar's exact test")
     return _difference(float(difference.mean()), _means(difference), 1.0)
 
 
